@@ -1,0 +1,2 @@
+if __name__ != "colocc.passes":
+    raise ImportError(f"import colocc.passes, not {__name__}")
