@@ -1,26 +1,28 @@
 """The rank grid of one module, and its arithmetic.
 
-With axis sizes n_a in order, fastest first, the stride of an axis is the product of the earlier sizes,
-and the coordinate of rank r on axis a is ``floor(r / stride_a) mod n_a``:
+With sizes n_a in order, fastest first, the stride s_a of an axis is the product of the sizes before
+it, and rank r has the coordinate ``floor(r / s_a) mod n_a``: a sympy expression per axis.
 
-    tp2 dp2 pp2    rank  0 1 2 3 4 5 6 7
-                   tp    0 1 0 1 0 1 0 1    r%2
-                   dp    0 0 1 1 0 0 1 1    r//2%2
-                   pp    0 0 0 0 1 1 1 1    r//4
+    layout = Layout(tp=2, pp=2, dp=2, order="tp-cp-pp-dp")
+    closed_form(layout.coordinate("pp"))    r//2%2
+    layout.coordinates("pp")                [0 0 1 1 0 0 1 1]
+    layout.groups("pp")                     ((0, 2), (1, 3), (4, 6), (5, 7))
+
+``ep`` is no factor of the product: experts see the ranks tp * cp * dp as tp * ep * expt_dp.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import sympy
+from numpy.typing import NDArray
 
 from colocc.errors import LayoutError
 
@@ -29,28 +31,24 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("tp", "cp", "ep", "dp", "pp")
-DENSE_AXES = ("tp", "cp", "dp", "pp")
-PRINT_ORDER = ("tp", "cp", "pp", "dp", "ep")
+DENSE = ("tp", "cp", "pp", "dp")
+EXPERT = {"tp": "expt_tp", "ep": "ep", "dp": "expt_dp", "pp": "pp"}
 DEFAULT_ORDER = "tp-cp-ep-dp-pp"
-MAX_RANKS = 1 << 24
+LIMIT = 1 << 20
 RANK = sympy.Symbol("r", integer=True, nonnegative=True)
 
+Ranks = NDArray[np.int64]
 Grid = tuple[tuple[str, int], ...]
-"""Axes and their sizes, fastest first."""
+"""(axis, size), fastest first."""
+Groups = tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The rank grid of one module: axis sizes, and their order, fastest first, in Megatron's notation.
+    """The rank grid of one module: axis sizes, and their order, fastest first.
 
-    ``ep`` is Megatron's expert view, another factorisation of the same ranks (expert tp is tp), and
-    no extra factor of ``size``. An order may leave out axes of size one.
-
-    Raises: LayoutError for a size below one, a malformed order, or an ep that does not divide cp*dp.
-
-    >>> layout = Layout(tp=2, pp=2, dp=2)
-    >>> str(layout), layout.size, closed_form(layout.coordinate("pp"))
-    ('tp2 pp2 dp2', 8, 'r//4')
+    Raises: LayoutError for a size that is no positive int, an ``ep`` that does not divide cp * dp,
+    and a malformed order. An order may leave out axes of size 1; they are appended.
     """
 
     tp: int = 1
@@ -62,16 +60,25 @@ class Layout:
 
     def __post_init__(self) -> None:
         for axis in AXES:
-            size = getattr(self, axis)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise LayoutError(f"{axis} is {size!r}: the size of an axis is an integer of at least 1")
-        if self.size > MAX_RANKS:
-            raise LayoutError(f"a layout of {self.size} ranks is over the limit of {MAX_RANKS}")
-        _check_order(self.order, {axis: getattr(self, axis) for axis in AXES})
+            object.__setattr__(self, axis, _size(axis, getattr(self, axis)))
+        if self.size > LIMIT:
+            product = " * ".join(f"{axis}{getattr(self, axis)}" for axis in DENSE)
+            raise LayoutError(f"{product} = {self.size} ranks; a layout has at most {LIMIT}.")
+        object.__setattr__(self, "order", _order(self.order, {a: getattr(self, a) for a in AXES}))
+        self._check_experts()
+
+    def _check_experts(self) -> None:
         if (self.cp * self.dp) % self.ep:
+            fits = [n for n in range(1, self.cp * self.dp + 1) if self.cp * self.dp % n == 0]
             raise LayoutError(
-                f"ep{self.ep} must divide cp*dp: {self.cp}*{self.dp} % {self.ep} = "
-                f"{self.cp * self.dp % self.ep}. Expert tp is tp{self.tp}, so experts share cp and dp."
+                f"ep{self.ep} does not divide cp{self.cp} * dp{self.dp} = {self.cp * self.dp} "
+                f"ranks (expt_dp = cp * dp / ep). Write {_choice('ep', fits)}."
+            )
+        dense, expert = _stride(self._dense, "pp"), _stride(self._expert, "pp")
+        if self.pp > 1 and dense != expert:
+            raise LayoutError(
+                f"order {self.order!r} with ep{self.ep}: pipeline neighbours are {dense} ranks "
+                f"apart, those of the experts {expert}. Put pp last, as in {DEFAULT_ORDER}."
             )
 
     @property
@@ -81,213 +88,235 @@ class Layout:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes of tp, cp, dp and pp, fastest axis first."""
-        return dict(self._grid())
+        """The size of each dense axis, fastest first."""
+        return dict(self._dense)
 
-    def _grid(self) -> Grid:
-        return tuple((axis, getattr(self, axis)) for axis in self._axes() if axis != "ep")
+    @property
+    def _dense(self) -> Grid:
+        return tuple((axis, getattr(self, axis)) for axis in self.order.split("-") if axis != "ep")
 
-    def _expert_grid(self) -> Grid:
-        """Megatron's expert view: tp, ep and the dp that is left, in the same order."""
+    @property
+    def _expert(self) -> Grid:
         sizes = {"tp": self.tp, "ep": self.ep, "dp": self.cp * self.dp // self.ep, "pp": self.pp}
-        names = {"tp": "expt_tp", "dp": "expt_dp"}
-        return tuple((names.get(a, a), sizes[a]) for a in self._axes() if a in sizes)
-
-    def _axes(self) -> list[str]:
-        named = self.order.split("-")
-        return named + [axis for axis in AXES if axis not in named]
+        return tuple((EXPERT[a], sizes[a]) for a in self.order.split("-") if a in EXPERT)
 
     def stride(self, axis: str) -> int:
-        """The distance in ranks between neighbours on ``axis``."""
-        return _stride(self._grid(), axis)
+        """How many ranks apart neighbours on ``axis`` are."""
+        return _stride(self._dense, _known(axis, DENSE))
 
     def coordinate(self, axis: str) -> sympy.Expr:
-        """The coordinate on ``axis`` as an expression in the rank ``RANK``."""
-        return _coordinate(self._grid(), axis)
+        """The coordinate of rank ``RANK`` on ``axis`` as an expression, simplified."""
+        stride, size = self.stride(axis), self.sizes[axis]
+        if size == 1:
+            return sympy.Integer(0)
+        steps = RANK if stride == 1 else sympy.floor(RANK / stride)
+        return steps if stride * size == self.size else sympy.Mod(steps, size)
 
-    def coordinates(self, axis: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The coordinate on ``axis`` of every rank; read-only."""
-        return _coordinates(self._grid(), axis)
+    def coordinates(self, axis: str) -> Ranks:
+        """The coordinate of every rank on ``axis``.
 
-    def rank(self, **coordinates: Any) -> Any:
-        """The rank at ``coordinates``, integers or arrays that broadcast; missing axes are 0."""
-        result: Any = 0
-        for axis, value in coordinates.items():
-            result = result + value * self.stride(axis)
-        return result
+        Shapes: [size], int64, read-only.
+        """
+        return _evaluate(self.coordinate(axis), self.size)
 
-    def groups(self, *axes: str) -> tuple[tuple[int, ...], ...]:
-        """The sets of ranks that differ on ``axes`` alone, each ascending, by their first rank."""
-        return _groups(self._grid(), axes)
+    def rank(self, **coords: int | Ranks) -> int | Ranks:
+        """The rank at these coordinates, 0 on axes left out; arrays broadcast."""
+        grid = self._dense
+        sizes = dict(grid)
+        total: int | Ranks = 0
+        for axis, value in coords.items():
+            size = sizes[_known(axis, DENSE)]
+            if not np.all((0 <= np.asarray(value)) & (np.asarray(value) < size)):
+                raise LayoutError(f"{axis} = {value} is outside 0..{size - 1} of {self}.")
+            total = total + value * _stride(grid, axis)
+        return total
 
-    def expert_groups(self, *axes: str) -> tuple[tuple[int, ...], ...]:
-        """As ``groups``, in the expert view: axes among expt_tp, ep, expt_dp and pp."""
-        return _groups(self._expert_grid(), axes)
+    def groups(self, *axes: str) -> Groups:
+        """The groups of ranks that differ on ``axes`` only, each ascending, by first rank."""
+        return _groups(self._dense, tuple(_known(axis, DENSE) for axis in axes))
+
+    def expert_groups(self, *axes: str) -> Groups:
+        """As ``groups`` for the experts' axes: expt_tp, ep, expt_dp, pp."""
+        return _groups(self._expert, tuple(_known(axis, tuple(EXPERT.values())) for axis in axes))
 
     def same_grid(self, other: Layout) -> bool:
-        """Whether all ranks have the same coordinates on all axes, however the orders are written."""
-        return _essence(self._grid()) == _essence(other._grid()) and (
-            _essence(self._expert_grid()) == _essence(other._expert_grid())
+        """Whether all ranks have the same coordinates in both layouts."""
+        return _trim(self._dense) == _trim(other._dense) and (
+            self.ep == other.ep == 1 or _trim(self._expert) == _trim(other._expert)
         )
 
     def __str__(self) -> str:
-        shown = [a for a in PRINT_ORDER if getattr(self, a) > 1 or a in ("tp", "dp")]
-        text = " ".join(f"{axis}{getattr(self, axis)}" for axis in shown)
-        default = replace(self, order=DEFAULT_ORDER)
-        return text if self.same_grid(default) else f"{text} order={self.order}"
+        words = [
+            f"{axis}{getattr(self, axis)}"
+            for axis in (*DENSE, "ep")
+            if getattr(self, axis) > 1 or axis in ("tp", "dp")
+        ]
+        usual = Layout(tp=self.tp, cp=self.cp, pp=self.pp, dp=self.dp) if self.ep == 1 else None
+        if usual is None:
+            usual = _with_default_order(self)
+        if not self.same_grid(usual):
+            order = self.order.split("-")
+            while getattr(self, order[-1]) == 1:
+                order.pop()
+            words.append("order=" + "-".join(order))
+        return " ".join(words)
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """The inverse of ``str``; commas may stand for spaces: ``tp2,pp2,dp2``.
+        """The inverse of ``str``: ``tp2 pp2 dp2``, also ``tp2,pp2,dp2``, and ``order=tp-cp-pp-dp``.
 
-        Raises: LayoutError naming the word that is not an axis with its size, or is there twice.
+        Raises: LayoutError that shows the offending word.
         """
+        if not isinstance(text, str):
+            raise LayoutError(f"{text!r} is not a layout; write it like 'tp2 pp2 dp2'.")
+        if len(text) > 200:
+            raise LayoutError(f"{text[:20]!a}... has {len(text)} characters; a layout has few.")
         sizes: dict[str, int] = {}
-        order = DEFAULT_ORDER
-        for word in text[:1000].replace(",", " ").split():
-            if word.startswith("order=") and order == DEFAULT_ORDER:
+        order: str | None = None
+        for word in text.replace(",", " ").split():
+            if word.startswith("order="):
+                if order is not None:
+                    raise LayoutError(f"{text!a} gives the order twice; leave out {word!a}.")
                 order = word.removeprefix("order=")
                 continue
-            found = re.fullmatch(r"(tp|cp|ep|dp|pp)([0-9]{1,8})", word)
-            if not found or found[1] in sizes:
-                problem = "stands twice" if found else "is no axis with a size"
-                raise LayoutError(
-                    f"layout {text[:100]!r}: {word[:40]!r} {problem}. Write it like tp2,pp2,dp2, with "
-                    f"axes among {', '.join(AXES)}, and order=tp-cp-pp-dp if it is not {DEFAULT_ORDER}"
-                )
-            sizes[found[1]] = int(found[2])
+            axis, size = _word(word, text)
+            if axis in sizes:
+                raise LayoutError(f"{word!a} in {text!a} gives {axis} twice; leave one out.")
+            sizes[axis] = size
         if not sizes:
-            raise LayoutError(f"layout {text[:100]!r} names no axis. Write it like tp2,pp2,dp2")
-        return cls(**sizes, order=order)
+            raise LayoutError(f"{text!a} names no axis; write it like 'tp2 pp2 dp2'.")
+        return cls(**sizes, order=DEFAULT_ORDER if order is None else order)
 
     @classmethod
     def from_grid(cls, grid: HyperCommGrid) -> Layout:
-        """The layout of Megatron's ``grid``. Raises LayoutError for other axes or a rank offset."""
+        """The layout of a Megatron grid; ep comes from its view ``expert``, where it has one."""
         if grid.rank_offset:
             raise LayoutError(
-                f"the grid starts at rank {grid.rank_offset}: colocated modules are on all ranks, from 0"
+                f"the grid starts at rank {grid.rank_offset}; colocated modules share all ranks: "
+                "write rank_offset=0."
             )
-        return cls._from_axes(dict(zip(grid.dim_names, grid.shape, strict=True)))
+        base = list(zip(grid.dim_names, map(int, grid.shape), strict=True))
+        sizes = _named(base, f"HyperCommGrid(dim_names={grid.dim_names})")
+        if sizes.get("ep", 1) > 1:
+            raise LayoutError(
+                f"the grid has ep{sizes['ep']} beside its dense axes; register it as "
+                "grid.register_view('expert', ...) with expt_tp, ep, expt_dp, pp."
+            )
+        view = grid._views.get("expert")
+        if view is None:
+            return cls(**sizes, order="-".join(name for name, _ in base))
+        expert = tuple(zip(view.dim_names, map(int, view.shape), strict=True))
+        dense = tuple((axis, size) for axis, size in base if axis != "ep")
+        return _search(dense, expert, f"the grid {grid.dim_names} and its view {view.dim_names}")
 
     @classmethod
     def from_mesh(cls, mesh: DeviceMesh) -> Layout:
-        """The layout of torch's ``mesh``, whose dims are named tp, cp, dp or pp, the last the fastest.
-
-        Raises: LayoutError for other names, or a mesh that does not count its ranks up from 0.
-        """
-        names = mesh.mesh_dim_names or ()
-        if not names or mesh.mesh.flatten().tolist() != list(range(mesh.mesh.numel())):
+        """The layout of a DeviceMesh whose mesh_dim_names are axes."""
+        if mesh.mesh_dim_names is None:
+            raise LayoutError(f"{mesh} has no mesh_dim_names; name its dims, e.g. ('dp', 'tp').")
+        ranks = mesh.mesh.cpu().numpy()
+        what = f"DeviceMesh(mesh_dim_names={mesh.mesh_dim_names})"
+        names = mesh.mesh_dim_names
+        sizes = _named(list(zip(names, ranks.shape, strict=True)), what)
+        steps = [int(np.take(ranks, 1, i).flat[0] if n > 1 else 0) for i, n in
+                 enumerate(ranks.shape)]  # fmt: skip
+        ordered = [names[i] for i in sorted(range(len(names)), key=lambda i: (steps[i], -i))]
+        layout = cls(**sizes, order="-".join(ordered))
+        index = {n: np.arange(size) for n, size in zip(names, ranks.shape, strict=True)}
+        grids = np.meshgrid(*index.values(), indexing="ij")
+        coords = {n: g for n, g in zip(index, grids, strict=True) if n != "ep"}
+        if sizes.get("ep", 1) > 1 or not np.array_equal(layout.rank(**coords), ranks):
             raise LayoutError(
-                "the mesh needs named dims and ranks that count up from 0, like "
-                f"init_device_mesh(device, (2, 4), mesh_dim_names=('dp', 'tp')); its names are {names}"
+                f"{what} holds ranks {ranks.ravel().tolist()[:16]}: no order of its axes counts "
+                f"them as 0..{ranks.size - 1}. Build it with init_device_mesh."
             )
-        sizes = dict(zip(names, mesh.mesh.shape, strict=True))
-        return cls._from_axes(dict(reversed(sizes.items())))
-
-    @classmethod
-    def _from_axes(cls, sizes: Mapping[str, int]) -> Layout:
-        unknown = [axis for axis in sizes if axis not in DENSE_AXES]
-        if unknown:
-            raise LayoutError(f"axis {unknown[0]!r} is none of {', '.join(DENSE_AXES)}")
-        return cls(**{axis: int(size) for axis, size in sizes.items()}, order="-".join(sizes))
+        return layout
 
     @classmethod
     def from_parallel_state(cls) -> Layout:
-        """The layout that Megatron's ``parallel_state`` was initialised with.
+        """The layout that megatron.core.parallel_state was initialised with.
 
-        Its order is not recorded there, so it is found by comparing groups.
-        Raises: LayoutError if parallel_state is not initialised or no order gives its groups.
+        Raises: LayoutError if it is not initialised, or has groups that no layout has.
         """
+        import torch.distributed as dist
         from megatron.core import parallel_state as mpu
-        from torch.distributed import get_process_group_ranks, get_rank
 
-        if not mpu.is_initialized():
-            raise LayoutError("parallel_state is not initialised: call initialize_model_parallel first")
-        sizes = {
-            "tp": mpu.get_tensor_model_parallel_world_size(),
-            "cp": mpu.get_context_parallel_world_size(),
-            "dp": mpu.get_data_parallel_world_size(),
-            "pp": mpu.get_pipeline_model_parallel_world_size(),
-            "ep": mpu.get_expert_model_parallel_world_size(),
-        }
-        actual = {
+        if not mpu.model_parallel_is_initialized():
+            raise LayoutError(
+                "megatron.core.parallel_state is not initialised; call initialize_model_parallel "
+                "first, or write the layout."
+            )
+        own = dist.get_rank()
+        dense = {
             "tp": mpu.get_tensor_model_parallel_group(),
             "cp": mpu.get_context_parallel_group(),
-            "dp": mpu.get_data_parallel_group(),
             "pp": mpu.get_pipeline_model_parallel_group(),
+            "dp": mpu.get_data_parallel_group(with_gtp_remat=False),
         }
-        for axes in (DEFAULT_ORDER.split("-"), *permutations(AXES)):
-            layout = cls(**sizes, order="-".join(axes))
-            if all(
-                tuple(get_process_group_ranks(group))
-                == next(g for g in layout.groups(axis) if get_rank() in g)
-                for axis, group in actual.items()
-            ):
-                return layout
-        raise LayoutError(f"no order of {sizes} gives the groups of parallel_state")
+        expert = {
+            "expt_tp": mpu.get_expert_tensor_parallel_group(),
+            "ep": mpu.get_expert_model_parallel_group(),
+            "expt_dp": mpu.get_expert_data_parallel_group(with_gtp_remat=False),
+        }
+        found = {
+            name: tuple(sorted(dist.get_process_group_ranks(group)))
+            for name, group in (dense | expert).items()
+        }
+        return _from_groups(own, found)
 
 
 def closed_form(expr: sympy.Expr, name: str = "r") -> str:
-    """``expr``, a coordinate in ``RANK``, as the dump prints it: ``r//2%2``, with ``name`` for r."""
-    if isinstance(expr, sympy.Mod):
-        return f"{closed_form(expr.args[0], name)}%{expr.args[1]}"
+    """``expr`` in the notation of the dump, with ``name`` for RANK: ``r//2%2``."""
+    if expr == RANK:
+        return name
+    if isinstance(expr, (sympy.Symbol, sympy.Integer)):
+        return str(expr)
     if isinstance(expr, sympy.floor):
-        return f"{name}//{RANK / expr.args[0]}"
-    return name if expr == RANK else str(expr)
+        above, below = sympy.fraction(expr.args[0])
+        return f"{_operand(above, name)}//{_operand(below, name)}"
+    if isinstance(expr, sympy.Mod):
+        return f"{_operand(expr.args[0], name)}%{_operand(expr.args[1], name)}"
+    if isinstance(expr, sympy.Add):
+        return " + ".join(closed_form(term, name) for term in expr.as_ordered_terms())
+    if isinstance(expr, sympy.Mul):
+        return "*".join(
+            f"({closed_form(part, name)})" if not part.is_Atom else closed_form(part, name)
+            for part in expr.as_ordered_factors()
+        )
+    raise ValueError(f"{expr} has no closed form: it is more than +, *, // and % of the rank")
 
 
-def _check_order(order: Any, sizes: Mapping[str, int]) -> None:
-    example = f"Write it like {DEFAULT_ORDER}"
-    if not isinstance(order, str):
-        raise LayoutError(f"order {order!r} is no text. {example}")
-    named = order.split("-")
-    for axis in named:
-        if axis not in AXES:
-            raise LayoutError(f"order {order[:100]!r} names {axis[:40]!r}, which is no axis. {example}")
-        if named.count(axis) > 1:
-            raise LayoutError(f"order {order[:100]!r} names {axis} twice. {example}")
-    for axis, size in sizes.items():
-        if size > 1 and axis not in named:
-            raise LayoutError(f"order {order!r} leaves out {axis}, whose size is {size}. {example}")
+def _operand(expr: sympy.Expr, name: str) -> str:
+    text = closed_form(expr, name)
+    return f"({text})" if isinstance(expr, sympy.Add) else text
 
 
-def _essence(grid: Grid) -> Grid:
-    return tuple((axis, size) for axis, size in grid if size > 1)
+@lru_cache(maxsize=256)
+def _evaluate(expr: sympy.Expr, size: int) -> Ranks:
+    values = sympy.lambdify(RANK, expr, "numpy")(np.arange(size, dtype=np.int64))
+    out = np.empty(size, dtype=np.int64)
+    out[:] = values
+    out.flags.writeable = False
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _groups(grid: Grid, axes: tuple[str, ...]) -> Groups:
+    """Every rank with coordinate 0 on ``axes`` starts a group; the members' offsets are the same."""
+
+    def offsets(names: Iterable[str]) -> Ranks:
+        found = np.zeros(1, dtype=np.int64)
+        for name in names:
+            found = np.add.outer(found, np.arange(dict(grid)[name]) * _stride(grid, name)).ravel()
+        return np.sort(found)
+
+    first = offsets(name for name, _ in grid if name not in axes)
+    return tuple(map(tuple, np.add.outer(first, offsets(dict.fromkeys(axes))).tolist()))
 
 
 def _stride(grid: Grid, axis: str) -> int:
-    names = [name for name, _ in grid]
-    if axis not in names:
-        raise LayoutError(f"{axis!r} is no axis of this grid, which has {', '.join(names)}")
-    return prod(size for _, size in grid[: names.index(axis)])
+    return prod(size for _, size in itertools.takewhile(lambda entry: entry[0] != axis, grid))
 
 
-@lru_cache(maxsize=1024)
-def _coordinate(grid: Grid, axis: str) -> sympy.Expr:
-    stride, size = _stride(grid, axis), dict(grid)[axis]
-    if size == 1:
-        return sympy.Integer(0)
-    expr = RANK if stride == 1 else sympy.floor(RANK / stride)
-    slowest = stride * size == prod(n for _, n in grid)
-    return expr if slowest else sympy.Mod(expr, size, evaluate=False)
-
-
-@lru_cache(maxsize=1024)
-def _coordinates(grid: Grid, axis: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-    ranks = np.arange(prod(size for _, size in grid))
-    values = sympy.lambdify(RANK, _coordinate(grid, axis), "numpy")(ranks)
-    result = np.broadcast_to(np.asarray(values), ranks.shape).astype(np.int64)
-    result.flags.writeable = False
-    return result
-
-
-@lru_cache(maxsize=1024)
-def _groups(grid: Grid, axes: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-    wanted = tuple(axes)
-    leader = np.arange(prod(size for _, size in grid))
-    for axis in wanted:
-        leader = leader - _coordinates(grid, axis) * _stride(grid, axis)
-    members: dict[int, list[int]] = {}
-    for rank, first in enumerate(leader.tolist()):
-        members.setdefault(first, []).append(rank)
-    return tuple(tuple(group) for _, group in sorted(members.items()))
+def _trim(grid: Grid) -> Grid:
+    return tuple(entry for entry in grid if entry[1] > 1)

@@ -1,0 +1,374 @@
+"""Process groups for the layouts: opened once, in one order on all ranks, shared where equal.
+
+Before the first group is opened, all ranks compare the text of what they were given (``agree``), so a
+rank with another layout is named in under a second instead of hanging all of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from colocc.errors import LayoutError
+from colocc.layout import Layout
+from colocc.runtime.lone import open_lone
+
+if TYPE_CHECKING:
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch.distributed.device_mesh import DeviceMesh
+
+    AnyLayout = Layout | HyperCommGrid | DeviceMesh
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+Members = tuple[int, ...]
+
+
+# The fields of a ProcessGroupCollection, and the axes that each group varies over.
+DENSE_FIELDS = {
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "pp": ("pp",),
+    "dp": ("dp",),
+    "mp": ("tp", "pp"),
+    "tp_cp": ("tp", "cp"),
+    "dp_cp": ("dp", "cp"),
+    "intra_dp_cp": ("dp", "cp"),
+    "dp_cp_gtp_remat": ("dp", "cp"),
+    "tp_dp_cp": ("tp", "dp", "cp"),
+    "intra_dist_opt": ("tp", "cp", "dp", "pp"),
+}
+EXPERT_FIELDS = {
+    "ep": ("ep",),
+    "expt_tp": ("expt_tp",),
+    "tp_ep": ("expt_tp", "ep"),
+    "tp_ep_pp": ("expt_tp", "ep", "pp"),
+    "tp_ep_pp_with_egtp_remat": ("expt_tp", "ep", "pp"),
+    "expt_dp": ("expt_dp",),
+    "intra_expt_dp": ("expt_dp",),
+    "expt_dp_gtp_remat": ("expt_dp",),
+}
+
+
+@dataclass
+class _Registry:
+    """The open groups of one default group, with how many users each has."""
+
+    groups: dict[Members, dist.ProcessGroup] = field(default_factory=dict)
+    users: dict[Members, int] = field(default_factory=dict)
+    adopted: set[Members] = field(default_factory=set)
+
+
+# A rank may be a thread of a process with a default group of its own, so the key is the group.
+_registries: dict[int, tuple[dist.ProcessGroup, _Registry]] = {}
+_lock = threading.Lock()
+
+
+def _registry() -> _Registry:
+    world = dist.group.WORLD
+    if world is None:
+        raise LayoutError("torch.distributed is not initialised: call init_process_group first")
+    with _lock:
+        for key, (group, _) in list(_registries.items()):
+            if group is not world and _is_destroyed(group):
+                del _registries[key]
+        return _registries.setdefault(id(world), (world, _Registry()))[1]
+
+
+def _is_destroyed(group: dist.ProcessGroup) -> bool:
+    """Whether a default group has left its world; one of another thread's world counts as alive."""
+    return threading.active_count() == 1 and group is not dist.group.WORLD
+
+
+def open_groups(
+    member_lists: Iterable[Members], *, timeout: timedelta = DEFAULT_TIMEOUT
+) -> dict[Members, dist.ProcessGroup]:
+    """Return this rank's groups among ``member_lists``; equal members share one group.
+
+    Collective: every rank calls it with the same lists in the same order. Members ascend. A group of
+    one rank opens no communicator, and a group of all ranks is the default group.
+    """
+    registry, rank, world = _registry(), dist.get_rank(), dist.get_world_size()
+    mine: dict[Members, dist.ProcessGroup] = {}
+    for members in dict.fromkeys(member_lists):
+        if members not in registry.users:
+            group = _open(members, rank, world, timeout, registry.groups.get(members))
+            registry.users[members] = 0
+            if group is not None:
+                registry.groups[members] = group
+        registry.users[members] += 1
+        if rank in members:
+            mine[members] = registry.groups[members]
+    return mine
+
+
+def _open(
+    members: Members, rank: int, world: int, timeout: timedelta, adopted: dist.ProcessGroup | None
+) -> dist.ProcessGroup | None:
+    if adopted is not None:
+        return adopted
+    if len(members) == world:
+        return dist.group.WORLD
+    if len(members) == 1:
+        return open_lone(timeout) if rank in members else None
+    # new_group is collective over the whole world, members or not.
+    group = dist.new_group(list(members), timeout=timeout)
+    return group if rank in members else None
+
+
+def close_groups(member_lists: Iterable[Members]) -> None:
+    """Give back what ``open_groups`` returned; a group closes with its last user."""
+    registry = _registry()
+    for members in dict.fromkeys(member_lists):
+        registry.users[members] -= 1
+        if registry.users[members]:
+            continue
+        del registry.users[members]
+        group = registry.groups.pop(members, None)
+        if group is None or group is dist.group.WORLD or members in registry.adopted:
+            continue
+        dist.destroy_process_group(group)
+
+
+def agree(what: str, text: str, error: str | None = None) -> None:
+    """Return if all ranks bring the same ``text`` and none an ``error``.
+
+    Collective on the default group. Raises: the same LayoutError on every rank, naming the ranks that
+    differ from rank 0, or the ranks whose own check failed.
+    """
+    if not dist.is_initialized():
+        if error:
+            raise LayoutError(error)
+        return
+    texts = _gather_texts(("E" if error else "T") + (error or text))
+    errors = {rank: line[1:] for rank, line in enumerate(texts) if line[0] == "E"}
+    if errors:
+        groups: dict[str, list[int]] = {}
+        for rank, line in errors.items():
+            groups.setdefault(line, []).append(rank)
+        if len(groups) == 1 and len(errors) == len(texts):
+            raise LayoutError(next(iter(groups)))
+        raise LayoutError("; ".join(f"{_ranks(who)}: {line}" for line, who in groups.items()))
+    other = {rank: line[1:] for rank, line in enumerate(texts) if line != texts[0]}
+    if other:
+        shown = "; ".join(f"rank {rank} has {line}" for rank, line in list(other.items())[:4])
+        raise LayoutError(
+            f"the ranks do not agree on {what}: rank 0 has {texts[0][1:]}; {shown}. "
+            f"{_ranks(list(other))} must be given what rank 0 is given."
+        )
+
+
+def _ranks(ranks: list[int]) -> str:
+    name = "rank" if len(ranks) == 1 else "ranks"
+    return f"{name} {', '.join(map(str, ranks))}"
+
+
+def _gather_texts(text: str) -> list[str]:
+    """The texts of all ranks, as bytes: nothing is unpickled."""
+    cuda = "nccl" in dist.get_backend()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    world = dist.get_world_size()
+    if dist.get_backend() == "fake":
+        return [text] * world
+    sizes = torch.zeros(world, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([len(data)], device=device))
+    longest = int(sizes.max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(data)] = data
+    everything = torch.zeros(world * longest, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(everything, padded)
+    rows = everything.view(world, longest).cpu()
+    return [
+        bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes.tolist(), strict=True)
+    ]
+
+
+class ProcessGroups(Mapping[str, "ProcessGroupCollection"]):
+    """One Megatron ProcessGroupCollection per module; release with ``destroy()`` or ``with``."""
+
+    def __init__(self, layouts: Mapping[str, Layout], timeout: timedelta) -> None:
+        self.layouts = dict(layouts)
+        self.timeout = timeout
+        members: list[Members] = []
+        for name, layout in self.layouts.items():
+            for groups in _fields(name, layout).values():
+                members += groups
+        self._members = tuple(dict.fromkeys(members))
+        self._open = open_groups(self._members, timeout=timeout)
+        self._collections = {name: self._collect(name) for name in self.layouts}
+
+    def _collect(self, name: str) -> ProcessGroupCollection:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        rank, collection = dist.get_rank(), ProcessGroupCollection()
+        for title, groups in _fields(name, self.layouts[name]).items():
+            members = next((group for group in groups if rank in group), None)
+            # Megatron reads None as "not in this group".
+            setattr(collection, title, None if members is None else self._open[members])
+        for title in ("hcp", "gtp_remat", "expt_gtp_remat", "inter_dist_opt"):
+            setattr(collection, title, None)
+        return collection
+
+    def __getitem__(self, name: str) -> ProcessGroupCollection:
+        return self._collections[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._collections)
+
+    def __len__(self) -> int:
+        return len(self._collections)
+
+    def group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """The open group of exactly these ranks. Raises: LayoutError if none is open here."""
+        members = tuple(sorted(ranks))
+        if members not in self._open:
+            raise LayoutError(f"no group of ranks {list(members)} is open on rank {dist.get_rank()}")
+        return self._open[members]
+
+    def communicators(self) -> int:
+        """How many communicators of its own this rank may open: groups of several ranks, not all."""
+        world = dist.get_world_size()
+        return sum(1 for members in self._open if 1 < len(members) < world)
+
+    def destroy(self) -> None:
+        """Give the groups back; those that no other ProcessGroups uses are destroyed."""
+        members, self._members, self._open = self._members, (), {}
+        self._collections = {}
+        close_groups(members)
+
+    def __enter__(self) -> ProcessGroups:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.destroy()
+
+
+def _fields(name: str, layout: Layout) -> dict[str, tuple[Members, ...]]:
+    """All groups of one module's layout, by the field of the collection that they go to."""
+    fields = {title: layout.groups(*axes) for title, axes in DENSE_FIELDS.items()}
+    fields |= {title: layout.expert_groups(*axes) for title, axes in EXPERT_FIELDS.items()}
+    if layout.pp > 1 or name == "language":
+        # A pipeline ascends with its pp coordinate, so its ends are the first and the last stage.
+        pipelines = layout.groups("pp")
+        fields["embd"] = tuple(tuple(sorted({ranks[0], ranks[-1]})) for ranks in pipelines)
+        fields["pos_embd"] = tuple((ranks[0],) for ranks in pipelines)
+    else:
+        fields["embd"] = fields["pos_embd"] = ()
+    return fields
+
+
+def process_groups(
+    layouts: Mapping[str, AnyLayout], *, timeout: timedelta = DEFAULT_TIMEOUT
+) -> ProcessGroups:
+    """Return Megatron's process groups for each module's layout.
+
+    A HyperCommGrid or DeviceMesh may stand for a Layout: the groups that it has are used, and so are
+    those of Megatron's ``parallel_state``. Collective on the default group.
+
+    Raises: LayoutError, the same on every rank, if the ranks were given different layouts or the world
+    is not the product of a layout's axes.
+    """
+    plain: dict[str, Layout] = {}
+    error = None
+    try:
+        plain = {name: as_layout(name, layout) for name, layout in layouts.items()}
+        check_world(plain, dist.get_world_size() if dist.is_initialized() else None)
+    except LayoutError as problem:
+        error = str(problem)
+    agree("the layouts", layouts_text(plain), error)
+    _adopt(layouts.values())
+    return ProcessGroups(plain, timeout)
+
+
+def layouts_text(layouts: Mapping[str, Layout]) -> str:
+    """``layouts`` as one line."""
+    return ", ".join(f"{name} {layout}" for name, layout in layouts.items())
+
+
+def as_layout(name: str, layout: Any) -> Layout:
+    """``layout``, a Layout, HyperCommGrid or DeviceMesh, as a Layout."""
+    if isinstance(layout, Layout):
+        return layout
+    if hasattr(layout, "dim_names") and hasattr(layout, "rank_offset"):
+        return Layout.from_grid(layout)
+    if hasattr(layout, "mesh_dim_names"):
+        return Layout.from_mesh(layout)
+    raise LayoutError(
+        f"{name} is laid out by {layout!r}: give a colocc.Layout, such as Layout(tp=2, dp=4), "
+        "a HyperCommGrid or a DeviceMesh"
+    )
+
+
+def check_world(layouts: Mapping[str, Layout], world: int | None) -> int:
+    """The number of ranks. Raises: LayoutError unless it is the product of every layout's axes."""
+    if not layouts:
+        raise LayoutError("no layouts: give one for each module, such as {'language': Layout(tp=2)}")
+    first = next(iter(layouts))
+    for name, layout in layouts.items():
+        product = "*".join(str(size) for size in layout.sizes.values())
+        if world is not None and layout.size != world:
+            raise LayoutError(
+                f"{name} ({layout}) has {product} = {layout.size} ranks, the world has {world}. "
+                f"Start {layout.size} ranks, or change an axis so that the product is {world}."
+            )
+        if layout.size != layouts[first].size:
+            raise LayoutError(
+                f"{name} ({layout}) has {product} = {layout.size} ranks, {first} "
+                f"({layouts[first]}) has {layouts[first].size}: all modules are on the same ranks."
+            )
+    return layouts[first].size
+
+
+def _adopt(sources: Iterable[Any]) -> None:
+    """Register the groups that the user's grids, meshes and parallel_state already have."""
+    found: list[dist.ProcessGroup] = []
+    for source in sources:
+        if hasattr(source, "rank_offset"):
+            found += list(source._pgs.values())
+        elif hasattr(source, "mesh_dim_names"):
+            found += [source.get_group(axis) for axis in source.mesh_dim_names]
+    import sys
+
+    if "megatron.core.parallel_state" in sys.modules:
+        found += _parallel_state_groups()
+    registry = _registry()
+    # A rank may hold a group that another rank does not, so what is adopted is agreed on.
+    mine = {tuple(dist.get_process_group_ranks(group)): group for group in found}
+    everyone = _union(mine)
+    for members in everyone:
+        if members in registry.users:
+            continue
+        if members in mine:
+            registry.groups[members] = mine[members]
+        registry.adopted.add(members)
+        registry.users[members] = 1
+
+
+def _parallel_state_groups() -> list[dist.ProcessGroup]:
+    from megatron.core import parallel_state as mpu
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    if not mpu.is_initialized():
+        return []
+    names = ("tp", "pp", "mp", "cp", "tp_cp", "dp", "dp_cp", "tp_dp_cp", "ep", "expt_dp", "embd")
+    collection = ProcessGroupCollection.use_mpu_process_groups(list(names))
+    groups = [getattr(collection, name) for name in names]
+    return [group for group in groups if isinstance(group, dist.ProcessGroup)]
+
+
+def _union(mine: Mapping[Members, dist.ProcessGroup]) -> list[Members]:
+    """The member lists that any rank has and of which every member has a group."""
+    text = ";".join(",".join(map(str, members)) for members in mine)
+    per_rank = [
+        {tuple(map(int, part.split(","))) for part in line.split(";") if part}
+        for line in _gather_texts(text + ";")
+    ]
+    everyone = sorted(set().union(*per_rank))
+    return [m for m in everyone if all(m in per_rank[rank] for rank in m)]
