@@ -14,11 +14,11 @@ it, and rank r has the coordinate ``floor(r / s_a) mod n_a``: a sympy expression
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sympy
@@ -151,10 +151,7 @@ class Layout:
             for axis in (*DENSE, "ep")
             if getattr(self, axis) > 1 or axis in ("tp", "dp")
         ]
-        usual = Layout(tp=self.tp, cp=self.cp, pp=self.pp, dp=self.dp) if self.ep == 1 else None
-        if usual is None:
-            usual = _with_default_order(self)
-        if not self.same_grid(usual):
+        if not self.same_grid(replace(self, order=DEFAULT_ORDER)):
             order = self.order.split("-")
             while getattr(self, order[-1]) == 1:
                 order.pop()
@@ -207,30 +204,28 @@ class Layout:
             return cls(**sizes, order="-".join(name for name, _ in base))
         expert = tuple(zip(view.dim_names, map(int, view.shape), strict=True))
         dense = tuple((axis, size) for axis, size in base if axis != "ep")
-        return _search(dense, expert, f"the grid {grid.dim_names} and its view {view.dim_names}")
+        sizes["ep"] = dict(expert).get("ep", 1)
+        return _search(
+            sizes,
+            lambda it: _trim(it._dense) == _trim(dense) and _trim(it._expert) == _trim(expert),
+            f"HyperCommGrid with dims {dict(dense)} and expert view {dict(expert)}",
+        )
 
     @classmethod
     def from_mesh(cls, mesh: DeviceMesh) -> Layout:
         """The layout of a DeviceMesh whose mesh_dim_names are axes."""
         if mesh.mesh_dim_names is None:
             raise LayoutError(f"{mesh} has no mesh_dim_names; name its dims, e.g. ('dp', 'tp').")
-        ranks = mesh.mesh.cpu().numpy()
-        what = f"DeviceMesh(mesh_dim_names={mesh.mesh_dim_names})"
-        names = mesh.mesh_dim_names
+        names, ranks = mesh.mesh_dim_names, mesh.mesh.cpu().numpy()
+        what = f"DeviceMesh(mesh_dim_names={names})"
         sizes = _named(list(zip(names, ranks.shape, strict=True)), what)
-        steps = [int(np.take(ranks, 1, i).flat[0] if n > 1 else 0) for i, n in
-                 enumerate(ranks.shape)]  # fmt: skip
-        ordered = [names[i] for i in sorted(range(len(names)), key=lambda i: (steps[i], -i))]
-        layout = cls(**sizes, order="-".join(ordered))
-        index = {n: np.arange(size) for n, size in zip(names, ranks.shape, strict=True)}
-        grids = np.meshgrid(*index.values(), indexing="ij")
-        coords = {n: g for n, g in zip(index, grids, strict=True) if n != "ep"}
-        if sizes.get("ep", 1) > 1 or not np.array_equal(layout.rank(**coords), ranks):
-            raise LayoutError(
-                f"{what} holds ranks {ranks.ravel().tolist()[:16]}: no order of its axes counts "
-                f"them as 0..{ranks.size - 1}. Build it with init_device_mesh."
-            )
-        return layout
+        index = dict(zip(names, np.indices(ranks.shape), strict=True))
+        index.pop("ep", None)
+
+        def counts(layout: Layout) -> bool:
+            return layout.ep == 1 and bool(np.all(layout.rank(**index) == ranks))
+
+        return _search(sizes, counts, f"{what} of ranks {ranks.tolist()}")
 
     @classmethod
     def from_parallel_state(cls) -> Layout:
@@ -246,7 +241,6 @@ class Layout:
                 "megatron.core.parallel_state is not initialised; call initialize_model_parallel "
                 "first, or write the layout."
             )
-        own = dist.get_rank()
         dense = {
             "tp": mpu.get_tensor_model_parallel_group(),
             "cp": mpu.get_context_parallel_group(),
@@ -258,11 +252,20 @@ class Layout:
             "ep": mpu.get_expert_model_parallel_group(),
             "expt_dp": mpu.get_expert_data_parallel_group(with_gtp_remat=False),
         }
-        found = {
+        ranks = {
             name: tuple(sorted(dist.get_process_group_ranks(group)))
             for name, group in (dense | expert).items()
         }
-        return _from_groups(own, found)
+        own = dist.get_rank()
+
+        def has(layout: Layout) -> bool:
+            return layout.size == dist.get_world_size() and all(
+                _group_of(own, layout._dense if name in dense else layout._expert, name) == members
+                for name, members in ranks.items()
+            )
+
+        sizes = {axis: len(ranks[axis]) for axis in (*dense, "ep")}
+        return _search(sizes, has, f"megatron.core.parallel_state with the groups {ranks}")
 
 
 def closed_form(expr: sympy.Expr, name: str = "r") -> str:
@@ -272,7 +275,7 @@ def closed_form(expr: sympy.Expr, name: str = "r") -> str:
     if isinstance(expr, (sympy.Symbol, sympy.Integer)):
         return str(expr)
     if isinstance(expr, sympy.floor):
-        above, below = sympy.fraction(expr.args[0])
+        above, below = sympy.fraction(sympy.together(expr.args[0]))
         return f"{_operand(above, name)}//{_operand(below, name)}"
     if isinstance(expr, sympy.Mod):
         return f"{_operand(expr.args[0], name)}%{_operand(expr.args[1], name)}"
@@ -320,3 +323,92 @@ def _stride(grid: Grid, axis: str) -> int:
 
 def _trim(grid: Grid) -> Grid:
     return tuple(entry for entry in grid if entry[1] > 1)
+
+
+def _group_of(rank: int, grid: Grid, axis: str) -> tuple[int, ...]:
+    stride, size = _stride(grid, axis), dict(grid)[axis]
+    first = rank - rank // stride % size * stride
+    return tuple(range(first, first + stride * size, stride))
+
+
+def _search(sizes: dict[str, int], fits: Callable[[Layout], bool], what: str) -> Layout:
+    """The first layout of these sizes, the default order first, that ``fits``."""
+    usual = tuple(DEFAULT_ORDER.split("-"))
+    for order in (usual, *itertools.permutations(AXES)):
+        try:
+            layout = Layout(**sizes, order="-".join(order))
+        except LayoutError:
+            if order == usual:
+                raise
+            continue
+        if fits(layout):
+            return layout
+    raise LayoutError(
+        f"{what} is no layout: no order of {'-'.join(AXES)} counts its ranks from 0 as a grid. "
+        f"Write one, such as Layout(tp=2, dp=4, order={DEFAULT_ORDER!r}), and let colocc build it."
+    )
+
+
+def _size(axis: str, value: object) -> int:
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 < value <= LIMIT:
+        return int(value)
+    shown = str(value) if isinstance(value, int) and -LIMIT <= value <= LIMIT else repr(value)[:40]
+    raise LayoutError(f"{axis} = {shown}; write a positive int up to {LIMIT}, such as {axis}=2.")
+
+
+def _order(order: object, sizes: dict[str, int]) -> str:
+    """``order`` with the axes appended that it leaves out."""
+    if not isinstance(order, str):
+        raise LayoutError(f"order is {order!r}; write axis names, such as {DEFAULT_ORDER!r}.")
+    names = order.split("-")
+    shown = ascii(order[:60])
+    for name in names:
+        if name not in AXES:
+            raise LayoutError(
+                f"order {shown} names {ascii(name[:20])}, which is no axis; "
+                f"write the axes fastest first, such as {DEFAULT_ORDER!r}."
+            )
+        if names.count(name) > 1:
+            fixed = "-".join(dict.fromkeys(n for n in names if n in AXES))
+            raise LayoutError(f"order {shown} names {name} twice; write {fixed!r}.")
+    rest = [axis for axis in AXES if axis not in names]
+    full = "-".join([*names, *rest])
+    for axis in rest:
+        if sizes[axis] > 1:
+            raise LayoutError(
+                f"order {shown} leaves out {axis}, and {axis} = {sizes[axis]}; write it where its "
+                f"ranks belong, such as {full!r}."
+            )
+    return full
+
+
+def _word(word: str, text: str) -> tuple[str, int]:
+    axis = word.rstrip("0123456789")
+    digits = word[len(axis) :]
+    where = f"{ascii(word[:40])} in {ascii(text)}"
+    if axis not in AXES:
+        raise LayoutError(f"{where} names no axis; write {', '.join(AXES)} with a size: tp2.")
+    if not digits or digits[0] == "0":
+        raise LayoutError(f"{where} gives {axis} no positive size; write it like {axis}2.")
+    if len(digits) > len(str(LIMIT)):
+        raise LayoutError(f"{where} gives {axis} {len(digits)} digits; sizes go up to {LIMIT}.")
+    return axis, int(digits)
+
+
+def _named(dims: list[tuple[str, int]], what: str) -> dict[str, int]:
+    for name, _ in dims:
+        if name not in AXES:
+            raise LayoutError(f"{what} has a dim {name!r}; name its dims {', '.join(AXES)}.")
+    return dict(dims)
+
+
+def _known(axis: str, axes: tuple[str, ...]) -> str:
+    if axis not in axes:
+        raise LayoutError(f"{axis!r} is not an axis here; write one of {', '.join(axes)}.")
+    return axis
+
+
+def _choice(axis: str, sizes: list[int]) -> str:
+    """``ep1, ep2 or ep4``, the largest ones where there are many."""
+    words = [f"{axis}{size}" for size in sizes[-6:]]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -17,7 +17,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -140,7 +140,7 @@ def vision_spec(config: TransformerConfig, groups: ProcessGroupCollection) -> Mo
         module=MultimodalProjector,
         params={
             "config": config,
-            "submodules": MLPSubmodules(linear_fc1=ColumnParallelLinear),
+            "submodules": MLPSubmodules(ColumnParallelLinear, RowParallelLinear),
             "projector_type": "affine",
             "input_size": config.hidden_size,
             "tp_group": groups.tp,

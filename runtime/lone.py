@@ -39,7 +39,10 @@ class LoneGroup(dist.ProcessGroup):
 
     @property
     def pg_name(self) -> str:
-        return str(dist.distributed_c10d._world.pg_names[self])
+        # Destroying a group asks for its name after the world has forgotten it.
+        if not hasattr(self, "_known_as"):
+            self._known_as = str(dist.distributed_c10d._world.pg_names[self])
+        return self._known_as
 
     @property
     def group_name(self) -> str:
