@@ -126,7 +126,7 @@ class Layout:
         total: int | Ranks = 0
         for axis, value in coords.items():
             size = sizes[_known(axis, DENSE)]
-            if not np.all((0 <= np.asarray(value)) & (np.asarray(value) < size)):
+            if np.any(np.asarray(value) < 0) or np.any(np.asarray(value) >= size):
                 raise LayoutError(f"{axis} = {value} is outside 0..{size - 1} of {self}.")
             total = total + value * _stride(grid, axis)
         return total
@@ -164,10 +164,8 @@ class Layout:
 
         Raises: LayoutError that shows the offending word.
         """
-        if not isinstance(text, str):
-            raise LayoutError(f"{text!r} is not a layout; write it like 'tp2 pp2 dp2'.")
         if len(text) > 200:
-            raise LayoutError(f"{text[:20]!a}... has {len(text)} characters; a layout has few.")
+            raise LayoutError(f"{text[:40]!a}... has {len(text)} characters; write at most 200.")
         sizes: dict[str, int] = {}
         order: str | None = None
         for word in text.replace(",", " ").split():
@@ -219,7 +217,7 @@ class Layout:
         names, ranks = mesh.mesh_dim_names, mesh.mesh.cpu().numpy()
         what = f"DeviceMesh(mesh_dim_names={names})"
         sizes = _named(list(zip(names, ranks.shape, strict=True)), what)
-        index = dict(zip(names, np.indices(ranks.shape), strict=True))
+        index: dict[str, Ranks] = dict(zip(names, np.indices(ranks.shape), strict=True))
         index.pop("ep", None)
 
         def counts(layout: Layout) -> bool:
@@ -305,7 +303,7 @@ def _evaluate(expr: sympy.Expr, size: int) -> Ranks:
 
 @lru_cache(maxsize=1024)
 def _groups(grid: Grid, axes: tuple[str, ...]) -> Groups:
-    """Every rank with coordinate 0 on ``axes`` starts a group; the members' offsets are the same."""
+    """Every rank with coordinate 0 on ``axes`` starts a group; all have the same offsets."""
 
     def offsets(names: Iterable[str]) -> Ranks:
         found = np.zeros(1, dtype=np.int64)
