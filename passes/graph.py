@@ -1,0 +1,134 @@
+"""The graph that the passes hand on: an fx.Graph, the modules of the user's layouts, and the plans.
+
+What a pass knows of a node stands in ``node.meta`` under one of these keys:
+
+path      of a placeholder: where its value stands in the batch, ("modality_inputs", "images")
+line      the user's source line that made the node, "mimo.py:31 self.vision(...)"
+module    the name in ``layouts`` on whose layout the node runs            (from propagate on)
+types     the types of its tensors, a pytree shaped like its value         (from propagate on)
+phase     "encode" or "language"                                          (from phases on)
+stage     "first", "last" or "all": the pipeline stages that run the node  (from phases on)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+from torch import fx
+
+from colocc.layout import Layout
+from colocc.passes.solve.plan import Plan
+from colocc.types import Type
+
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Glue:
+    """A method of the model that is one opaque call: it looks at values, so it is not traced.
+
+    It runs on the layout of ``module``. ``returns`` gives the types of its results from the types of
+    its arguments (by name); None where they cannot be known. ``stage`` says which stages run it.
+    """
+
+    method: str
+    module: str
+    returns: Callable[[Mapping[str, Any], Layout], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is known beforehand of a kind of model; the empty one knows nothing.
+
+    ``targets`` maps names of layouts to submodule paths. ``inputs`` are the forward arguments that
+    are captured as inputs although they have a default; an argument of ``nested`` holds one value per
+    module name. ``outputs`` gives the type of a module's output from the types of its arguments.
+    ``disabled`` are attributes of the model that are empty while it is traced.
+    """
+
+    targets: Mapping[str, str] = field(default_factory=dict)
+    glue: tuple[Glue, ...] = ()
+    inputs: tuple[str, ...] = ()
+    nested: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    outputs: Mapping[str, Callable[[Mapping[str, Any], Layout], Any]] = field(default_factory=dict)
+    disabled: tuple[str, ...] = ()
+
+
+@dataclass
+class Graph:
+    """An fx.Graph with the modules, layouts and plans that its nodes speak of.
+
+    ``targets`` maps the names in ``layouts`` to submodule paths; ``sink`` is the name of the module
+    that every other one feeds (the language model). ``plans`` are by node name.
+    ``reductions`` says how each module's gradients are reduced over its dp axis.
+    """
+
+    fx: fx.Graph
+    name: str
+    layouts: dict[str, Layout]
+    targets: dict[str, str]
+    sink: str = ""
+    reductions: dict[str, Reduction] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    batch_size: int | None = None
+
+    @property
+    def world(self) -> int:
+        return next(iter(self.layouts.values())).size
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.fx.nodes)
+
+    def module_of(self, node: fx.Node) -> str | None:
+        """The name in ``layouts`` that a call_module node calls, None for any other node."""
+        if node.op != "call_module":
+            return None
+        return next((n for n, path in self.targets.items() if path == node.target), None)
+
+    def plan_of(self, node: fx.Node) -> Plan | None:
+        return self.plans.get(node.name) if node.op == "call_module" else None
+
+    def scale(self, src: str, dst: str) -> Fraction:
+        """What the gradient from ``dst`` to ``src`` must be multiplied by.
+
+        The gradient of the reader is summed over its dp replicas and, for a mean, divided by their
+        number; the source's likewise over its own. For one gradient of one loss the source's divisor
+        must become the reader's: (divisor of src) / (divisor of dst).
+        """
+        divisor = {
+            name: layout.dp * layout.cp if self.reductions.get(name, "mean") == "mean" else 1
+            for name, layout in self.layouts.items()
+        }
+        return Fraction(divisor[src], divisor[dst])
+
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.fx.nodes if node.op == "placeholder"]
+
+    def output(self) -> fx.Node:
+        return next(node for node in reversed(self.fx.nodes) if node.op == "output")
+
+
+def first_type(types: Any) -> Type | None:
+    """The first tensor type in a pytree of types, None where there is none."""
+    if isinstance(types, Type):
+        return types
+    if isinstance(types, Mapping):
+        types = list(types.values())
+    if isinstance(types, (list, tuple)):
+        return next((found for item in types if (found := first_type(item))), None)
+    return None
+
+
+def depends(graph: Graph) -> dict[fx.Node, set[fx.Node]]:
+    """For every node, all nodes that its value is made from."""
+    made_from: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.fx.nodes:
+        made_from[node] = set()
+        for source in node.all_input_nodes:
+            made_from[node] |= {source} | made_from[source]
+    return made_from
