@@ -32,7 +32,7 @@ from colocc.layout import Layout
 from colocc.passes.graph import Graph, Traits
 
 F = TypeVar("F", bound=Callable[..., Any])
-_LIBRARIES = tuple(os.path.dirname(path) for path in (torch.__file__, fx.__file__, __file__))
+_LIBRARIES = tuple(os.path.dirname(os.path.realpath(path)) for path in (torch.__file__, __file__))
 # torch.fx replaces nn.Module.__call__ while it traces, for all threads.
 _tracing = threading.RLock()
 

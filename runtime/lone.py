@@ -34,14 +34,13 @@ def _copy(outputs: Tensors, inputs: Tensors) -> Work:
 class LoneGroup(dist.ProcessGroup):
     """All collectives of torch.distributed for a world of one; sending to oneself is refused."""
 
+    _known_as = ""
+
     def getBackendName(self) -> str:  # noqa: N802 - torch's name
         return BACKEND
 
     @property
     def pg_name(self) -> str:
-        # Destroying a group asks for its name after the world has forgotten it.
-        if not hasattr(self, "_known_as"):
-            self._known_as = str(dist.distributed_c10d._world.pg_names[self])
         return self._known_as
 
     @property
@@ -120,5 +119,7 @@ def open_lone(timeout: timedelta) -> dist.ProcessGroup:
     group = dist.new_group(
         [dist.get_rank()], timeout=timeout, backend=BACKEND, use_local_synchronization=True
     )
-    assert isinstance(group, dist.ProcessGroup)
+    assert isinstance(group, LoneGroup)
+    # Destroying a group asks for its name after the world has forgotten it.
+    group._known_as = str(dist.distributed_c10d._world.pg_names[group])
     return group

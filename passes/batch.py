@@ -1,0 +1,190 @@
+"""Does glue keep samples apart?
+
+On each rank glue sees only some of the batch, so row i of its result may depend on row i of its arguments
+alone. Operations that work element by element always do; those that name dims do unless they name the
+batch dim; anything else is refused, with the remedy, because a wrong answer would be silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from colocc.errors import CaptureError, LayoutError
+from colocc.passes.capture import Method
+from colocc.passes.graph import Graph, first_type
+from colocc.types import Type
+
+POINTWISE = frozenset(
+    """add sub mul div truediv floordiv mod pow neg abs eq ne lt le gt ge and_ or_ xor invert not_
+    iadd isub imul itruediv radd rsub rmul where masked_fill clamp exp log sqrt rsqrt sigmoid tanh
+    relu gelu silu dropout to type type_as float half bfloat16 double long int bool clone contiguous
+    detach zeros_like ones_like empty_like full_like maximum minimum logical_and logical_or
+    logical_not bitwise_and bitwise_or bitwise_not isnan isinf nan_to_num sin cos erf square
+    getattr size dim shape device dtype numel""".split()
+)
+# Operations with a dim argument that must not be the batch dim: where it stands, and its default.
+BY_DIM: dict[str, tuple[int, Any]] = {
+    "sum": (1, None),
+    "mean": (1, None),
+    "amax": (1, None),
+    "amin": (1, None),
+    "argmax": (1, None),
+    "softmax": (1, None),
+    "log_softmax": (1, None),
+    "cumsum": (1, None),
+    "cat": (1, 0),
+    "concat": (1, 0),
+    "flip": (1, None),
+    "sort": (1, -1),
+    "chunk": (2, 0),
+    "split": (2, 0),
+    "narrow": (1, None),
+    "select": (1, None),
+    "index_select": (1, None),
+    "repeat_interleave": (2, None),
+}
+# Operations that move or reshape dims: the two runs at different batch sizes show where the batch went.
+SHAPING = frozenset(
+    "transpose permute movedim unsqueeze squeeze stack expand expand_as t swapaxes".split()
+)
+FLATTENING = frozenset("reshape view flatten unflatten".split())
+LAST_DIM = frozenset("linear layer_norm rms_norm embedding normalize".split())
+
+
+def check_glue(graph: Graph) -> None:
+    """Raise CaptureError for glue before the sink that may mix samples, LayoutError for a number of
+    one layout's batch that another layout reads."""
+    after = _after_sink(graph)
+    for node in graph.fx.nodes:
+        for source in node.all_input_nodes:
+            if source.meta.get("host") and source.meta["module"] != node.meta["module"]:
+                raise LayoutError(
+                    f"{node.meta['line'] or node.name}: {node.name} runs on {node.meta['module']} and "
+                    f"reads {source.name}, the batch size that {source.meta['module']}'s ranks see. "
+                    f"Take it from a tensor that {node.meta['module']} reads."
+                )
+        if node not in after and _is_glue(graph, node) and _reads_batch(node):
+            _check(node)
+
+
+def _after_sink(graph: Graph) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in graph.fx.nodes:
+        if graph.module_of(node) == graph.sink or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_glue(graph: Graph, node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output", "get_attr") or graph.module_of(node) is not None:
+        return False
+    return not isinstance(node.target, Method) and not hasattr(node.target, "colocc_leaf")
+
+
+def _reads_batch(node: fx.Node) -> bool:
+    return any(_batch(source) is not None for source in node.all_input_nodes)
+
+
+def _batch(node: Any) -> int | None:
+    found = first_type(node.meta.get("types")) if isinstance(node, fx.Node) else None
+    return found.batch if found is not None else None
+
+
+def _check(node: fx.Node) -> None:
+    name = str(getattr(node.target, "__name__", node.target)).lower().strip("_")
+    if node.op == "call_module":
+        name = type(node.graph.owning_module).__name__ if False else str(node.meta.get("kind", name))
+    checks: list[tuple[bool, Callable[[fx.Node, str], bool]]] = [
+        (name in POINTWISE, _same_batch),
+        (name in BY_DIM, _other_dim),
+        (name in SHAPING, lambda n, _: _one_batch(n)),
+        (name in FLATTENING, lambda n, _: _leading(n)),
+        (name in LAST_DIM, lambda n, _: _not_last(n)),
+        (name in ("matmul", "bmm", "einsum"), lambda n, _: name != "einsum" and _matmul(n)),
+        (name == "getitem", lambda n, _: _getitem(n)),
+    ]
+    for applies, holds in checks:
+        if applies and holds(node, name):
+            return
+    raise CaptureError(
+        f"{node.meta['line'] or node.name}: {name} on a tensor that is split by sample may mix samples: "
+        f"each rank sees only some of them ({_signature(node)}). Keep samples apart, or, if it does, "
+        "move it into a function marked @colocc.leaf or a module that the layouts name."
+    )
+
+
+def _signature(node: fx.Node) -> str:
+    shown = [str(first_type(n.meta.get("types"))) for n in node.all_input_nodes]
+    return f"{', '.join(shown)} -> {first_type(node.meta.get('types'))}"
+
+
+def _types(node: fx.Node) -> list[Type]:
+    found = [first_type(source.meta.get("types")) for source in node.all_input_nodes]
+    return [t for t in found if t is not None]
+
+
+def _one_batch(node: fx.Node) -> bool:
+    out = first_type(node.meta.get("types"))
+    return out is None or out.batch is not None
+
+
+def _same_batch(node: fx.Node, name: str) -> bool:
+    """Broadcasting aligns dims from the right, so the batch must be equally far from there."""
+    out = first_type(node.meta.get("types"))
+    if out is None:
+        return True
+    places = {len(t.dims) - t.batch for t in [*_types(node), out] if t.batch is not None}
+    # A tensor without a batch that has a long dim where the others have samples was cut for all ranks.
+    place = len(out.dims) - (out.batch or 0)
+    flat = [t for t in _types(node) if t.batch is None and len(t.dims) >= place]
+    return len(places) == 1 and all(t.dims[len(t.dims) - place].size == 1 for t in flat)
+
+
+def _argument(node: fx.Node, index: int, default: Any) -> Any:
+    if "dim" in node.kwargs:
+        return node.kwargs["dim"]
+    return node.args[index] if len(node.args) > index else default
+
+
+def _other_dim(node: fx.Node, name: str) -> bool:
+    index, default = BY_DIM[name]
+    dims = _argument(node, index, default)
+    ndims = [(t.batch, len(t.dims)) for t in _types(node) if t.batch is not None]
+    if dims is None or not ndims:
+        return False
+    named = dims if isinstance(dims, (list, tuple)) else [dims]
+    return all(d % n != batch for d in named for batch, n in ndims) and _one_batch(node)
+
+
+def _leading(node: fx.Node) -> bool:
+    """A reshape keeps samples whole if the batch leads before and after."""
+    out = first_type(node.meta.get("types"))
+    return out is not None and out.batch == 0 and all(t.batch in (0, None) for t in _types(node))
+
+
+def _not_last(node: fx.Node) -> bool:
+    found = [t for t in _types(node) if t.batch is not None]
+    return all(t.batch != len(t.dims) - 1 or len(t.dims) == 1 for t in found) and _one_batch(node)
+
+
+def _matmul(node: fx.Node) -> bool:
+    left, right = (first_type(a.meta.get("types")) for a in node.args[:2] if isinstance(a, fx.Node))
+    if left is None or right is None:
+        return False
+    inner = left.batch == len(left.dims) - 1 or right.batch == max(0, len(right.dims) - 2)
+    return not inner and _one_batch(node)
+
+
+def _getitem(node: fx.Node) -> bool:
+    source, index = node.args[0], node.args[1]
+    types = source.meta.get("types") if isinstance(source, fx.Node) else None
+    if not isinstance(types, Type) or types.batch is None:
+        return True
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(part, fx.Node) or part is Ellipsis for part in parts):
+        return False
+    dims = [part for part in parts if part is not None]
+    return len(dims) <= types.batch or dims[types.batch] == slice(None)
