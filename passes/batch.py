@@ -20,7 +20,7 @@ from colocc.types import Type
 POINTWISE = frozenset(
     """add sub mul div truediv floordiv mod pow neg abs eq ne lt le gt ge and_ or_ xor invert not_
     iadd isub imul itruediv radd rsub rmul where masked_fill clamp exp log sqrt rsqrt sigmoid tanh
-    relu gelu silu dropout to type type_as float half bfloat16 double long int bool clone contiguous
+    relu gelu silu dropout identity to type type_as float half bfloat16 double long int bool clone contiguous
     detach zeros_like ones_like empty_like full_like maximum minimum logical_and logical_or
     logical_not bitwise_and bitwise_or bitwise_not isnan isinf nan_to_num sin cos erf square
     getattr size dim shape device dtype numel""".split()
@@ -96,7 +96,7 @@ def _batch(node: Any) -> int | None:
 def _check(node: fx.Node) -> None:
     name = str(getattr(node.target, "__name__", node.target)).lower().strip("_")
     if node.op == "call_module":
-        name = type(node.graph.owning_module).__name__ if False else str(node.meta.get("kind", name))
+        name = str(node.meta["kind"]).lower()
     checks: list[tuple[bool, Callable[[fx.Node, str], bool]]] = [
         (name in POINTWISE, _same_batch),
         (name in BY_DIM, _other_dim),

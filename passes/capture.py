@@ -234,6 +234,8 @@ class _Tracer(fx.Tracer):
             raise _explain(error, model) from error
         for node in graph.nodes:
             node.meta["line"] = _line(node.stack_trace)
+            if node.op == "call_module":
+                node.meta["kind"] = type(model.get_submodule(str(node.target))).__name__
         return graph
 
 
