@@ -177,7 +177,7 @@ class _Tracer(fx.Tracer):
                 self._watch_forward(model.get_submodule(path), undo)
             for glue in self.traits.glue:
                 if hasattr(model, glue.method):
-                    self._watch_method(model, glue.method, undo)
+                    self._watch_method(model, Method(glue.method, glue.stage), undo)
             for attribute in self.traits.disabled:
                 kept = getattr(model, attribute)
                 setattr(model, attribute, type(kept)())
@@ -196,9 +196,9 @@ class _Tracer(fx.Tracer):
         object.__setattr__(module, "forward", watched)
         undo.callback(module.__dict__.pop, "forward")
 
-    def _watch_method(self, model: nn.Module, name: str, undo: contextlib.ExitStack) -> None:
+    def _watch_method(self, model: nn.Module, call: Method, undo: contextlib.ExitStack) -> None:
+        name = call.name
         method = getattr(model, name)
-        call = Method(name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if _tracer_of(args, kwargs) is self:
@@ -242,8 +242,9 @@ class _Tracer(fx.Tracer):
 class Method:
     """A method of the model as the target of a node; the executor binds it to the model."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, stage: str) -> None:
         self.name = self.__name__ = name
+        self.stage = stage
 
     def __repr__(self) -> str:
         return f"model.{self.name}"

@@ -30,13 +30,15 @@ Reduction = Literal["mean", "sum"]
 class Glue:
     """A method of the model that is one opaque call: it looks at values, so it is not traced.
 
-    It runs on the layout of ``module``. ``returns`` gives the types of its results from the types of
-    its arguments (by name); None where they cannot be known. ``stage`` says which stages run it.
+    It runs on the layout of ``module``. ``returns`` gives its results from its arguments by name, with
+    (dtype, shape) for a tensor; None where that cannot be known. ``stage`` is "first" for a method that
+    only the first pipeline stage can run, "all" for one that every stage must.
     """
 
     method: str
     module: str
     returns: Callable[[Mapping[str, Any], Layout], Any] | None = None
+    stage: Literal["first", "all"] = "first"
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,12 @@ last; inputs are everywhere.
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx
 
 from colocc.errors import CaptureError
+from colocc.passes.capture import Method
 from colocc.passes.graph import Graph, depends
 from colocc.passes.redistribute import is_redistribution
 
@@ -55,7 +58,15 @@ def _stage(
         return "all"
     if node.meta["phase"] == "encode":
         return "all"
-    return "last" if any(call in made_from[node] for call in calls) else "first"
+    if any(call in made_from[node] for call in calls):
+        return "last"
+    if isinstance(node.target, Method):
+        return node.target.stage
+    # The parts of what every stage computes are everywhere, too.
+    parts = node.target is operator.getitem and all(
+        n.op != "placeholder" and n.meta["stage"] == "all" for n in node.all_input_nodes
+    )
+    return "all" if parts else "first"
 
 
 def cut(graph: Graph) -> list[fx.Node]:

@@ -1,0 +1,190 @@
+"""Cut a global batch into what this rank reads, for each module's layout.
+
+A step has M microbatches of B samples. The sink's replica d reads samples d*b to (d+1)*b of every
+microbatch, b = B / dp. An encoder's slots hold parts of the step in the order of the sink's replicas,
+microbatch by microbatch: position p is sample ``p % (M*b)`` of replica ``p // (M*b)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from colocc.errors import LayoutError
+from colocc.passes.graph import Graph
+from colocc.passes.shapes import lookup, tensors_of
+from colocc.passes.solve.plan import Holding
+from colocc.passes.solve.solver import solve
+
+Run = tuple[int, int, int]
+"""Neighbouring samples of one microbatch: (microbatch, start, stop)."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which samples one rank reads for one module: ``runs``, in the order in which they lie."""
+
+    runs: tuple[Run, ...]
+
+
+class Batches:
+    """The microbatches of one step, the same on every rank, and the samples that this rank reads."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        microbatches: Sequence[Mapping[str, Any]],
+        rank: int,
+        batch_dims: Mapping[str, int],
+        optional: frozenset[str] = frozenset(),
+    ) -> None:
+        self.graph, self.rank, self.batch_dims = graph, rank, batch_dims
+        self.microbatches = microbatches
+        self.optional = optional
+        self.size = check_batches(graph, microbatches, batch_dims, optional)
+        self.sink = graph.layouts[graph.sink]
+        check_divides(graph, len(microbatches), self.size)
+
+    def encoder_input(self, node: fx.Node) -> Any:
+        """The samples of an encoder's input that this rank encodes, for the whole step."""
+        runs = sample_runs(
+            holding_of(self.graph, node.meta["module"]), self.sink.dp, len(self.microbatches),
+            self.size, self.rank,
+        )
+        parts = [self._cut(node, mb, start, stop) for mb, start, stop in runs]
+        if len(parts) == 1:
+            return parts[0]
+        dim = self.batch_dims.get(node.meta["path"][0], 0)
+
+        def join(*leaves: Any) -> Any:
+            same = not isinstance(leaves[0], torch.Tensor) or leaves[0].dim() <= dim
+            return leaves[0] if same else torch.cat(leaves, dim=dim)
+
+        return pytree.tree_map(join, *parts)
+
+    def sink_input(self, node: fx.Node, microbatch: int) -> Any:
+        """The samples of one microbatch that this rank's replica of the sink reads."""
+        replica = int(self.sink.coordinates("dp")[self.rank])
+        size = self.size // self.sink.dp
+        return self._cut(node, microbatch, replica * size, (replica + 1) * size)
+
+    def _cut(self, node: fx.Node, microbatch: int, start: int, stop: int) -> Any:
+        path = node.meta["path"]
+        dim = self.batch_dims.get(path[0], 0)
+
+        def narrow(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or value.dim() <= dim:
+                return value
+            return value.narrow(dim, start, stop - start)
+
+        return pytree.tree_map(narrow, lookup(self.microbatches[microbatch], path))
+
+
+def holding_of(graph: Graph, module: str) -> Holding:
+    """Which units of a step each dp slot of ``module`` holds."""
+    sink = (graph.sink, graph.layouts[graph.sink])
+    if module == graph.sink:
+        return _replicas(graph)
+    return solve((module, graph.layouts[module]), sink).src
+
+
+def _replicas(graph: Graph) -> Holding:
+    layout = graph.layouts[graph.sink]
+    return Holding(graph.sink, layout, tuple(((d, d + 1),) for d in range(layout.dp)))
+
+
+def sample_runs(holding: Holding, dp: int, microbatches: int, size: int, rank: int) -> list[Run]:
+    """The samples of ``rank`` as runs of neighbours, in order.
+
+    ``dp`` is the sink's, ``size`` the samples of one global microbatch.
+    """
+    units = sum(stop - start for slot in holding.slots for start, stop in slot)
+    per_unit = microbatches * size // units
+    replica_size, part = microbatches * size // dp, size // dp
+    runs: list[Run] = []
+    for first, last in holding.units()[rank]:
+        position, stop = first * per_unit, last * per_unit
+        while position < stop:
+            replica, inside = divmod(position, replica_size)
+            microbatch, offset = divmod(inside, part)
+            count = min(stop - position, part - offset)
+            start = replica * part + offset
+            if runs and runs[-1][0] == microbatch and runs[-1][2] == start:
+                runs[-1] = (microbatch, runs[-1][1], start + count)
+            else:
+                runs.append((microbatch, start, start + count))
+            position += count
+    return runs
+
+
+def check_batches(
+    graph: Graph,
+    microbatches: Sequence[Mapping[str, Any]],
+    batch_dims: Mapping[str, int],
+    optional: frozenset[str],
+) -> int:
+    """The samples of one global microbatch. Raises: LayoutError for a missing, unknown or odd input."""
+    paths = {node.meta["path"] for node in graph.placeholders()}
+    known = {path[0] for path in paths}
+    sizes: dict[int, tuple[str, int]] = {}
+    for index, batch in enumerate(microbatches):
+        for path in sorted(paths):
+            if lookup(batch, path) is None and path[0] not in optional:
+                have = ", ".join(map(str, batch))
+                raise LayoutError(
+                    f"microbatch {index} lacks the input {'.'.join(path)}, which {graph.name}.forward "
+                    f"reads; it has {have}"
+                )
+        for name, value in batch.items():
+            if name not in known and value is not None:
+                raise LayoutError(
+                    f"microbatch {index} has {name!r}, which {graph.name}.forward does not read; it "
+                    f"reads {', '.join(sorted(known))}. Leave it out, so that nothing is dropped unseen."
+                )
+            _check_size(index, name, value, batch_dims.get(name, 0), sizes)
+    first = next(iter(sizes.values()), None)
+    if first is None:
+        raise LayoutError("the batch holds no tensor")
+    return first[1]
+
+
+def _check_size(
+    index: int, name: str, value: Any, dim: int, sizes: dict[int, tuple[str, int]]
+) -> None:
+    for path, tensor in tensors_of(value, (name,)):
+        if tensor.dim() <= dim:
+            continue
+        here = (f"{'.'.join(path)} of microbatch {index}", tensor.shape[dim])
+        first = sizes.setdefault(0, here)
+        if first[1] != here[1]:
+            raise LayoutError(
+                f"{here[0]} has {here[1]} samples in dim {dim}, {first[0]} has {first[1]}: all inputs of "
+                "all microbatches hold the same number of samples. If another dim holds them, give "
+                f"compile() batch_dims={{{name!r}: ...}}"
+            )
+
+
+def check_divides(graph: Graph, microbatches: int, size: int) -> None:
+    """Raise LayoutError unless a step of ``microbatches`` times ``size`` samples can be cut."""
+    sink = graph.layouts[graph.sink]
+    if size % sink.dp:
+        raise LayoutError(
+            f"a global microbatch has {size} samples, {graph.sink} ({sink}) has {sink.dp} dp replicas: "
+            f"{size} % {sink.dp} = {size % sink.dp}. Give it a multiple of {sink.dp} samples."
+        )
+    for name, layout in graph.layouts.items():
+        holding = holding_of(graph, name)
+        units = sum(stop - start for slot in holding.slots for start, stop in slot)
+        total, replica = microbatches * size, units // sink.dp
+        if (total // sink.dp) % replica:
+            raise LayoutError(
+                f"a step of {microbatches} microbatches of {size} = {total} samples gives each of the "
+                f"{sink.dp} replicas of {graph.sink} {total // sink.dp}, which {name} ({layout}) must cut "
+                f"into {replica} equal parts: {total // sink.dp} % {replica} = "
+                f"{total // sink.dp % replica}. Make the step a multiple of {units} samples."
+            )

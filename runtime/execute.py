@@ -1,0 +1,65 @@
+"""Run the nodes of one phase, one after the other; a value is let go after its last reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from colocc.passes.capture import Method
+from colocc.passes.graph import Graph
+from colocc.passes.shapes import attribute
+
+
+class Executor:
+    """The nodes of one phase of a graph, bound to the user's model and the redistributions.
+
+    Submodules are looked up at each call, so a module that was wrapped (by DDP, say) after the compile
+    is called through its wrapper.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        phase: str,
+        model: nn.Module,
+        redistributions: Mapping[str, Callable[[Any], Any]],
+        results: list[fx.Node],
+    ) -> None:
+        self.model, self.redistributions = model, redistributions
+        self.nodes = [
+            n for n in graph.fx.nodes if n.meta["phase"] == phase and n.op not in ("placeholder", "output")
+        ]
+        self.results = results
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.nodes:
+            for source in node.all_input_nodes:
+                last[source] = node
+        self.lets_go: dict[fx.Node, list[fx.Node]] = {}
+        for source, node in last.items():
+            if source not in results:
+                self.lets_go.setdefault(node, []).append(source)
+
+    def __call__(self, values: dict[fx.Node, Any]) -> list[Any]:
+        """Return the values of ``results``; ``values`` holds the inputs, and is used up."""
+        for node in self.nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = self._call(node, args, kwargs)
+            for spent in self.lets_go.get(node, ()):
+                del values[spent]
+        return [values[node] for node in self.results]
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target = node.target
+        if node.name in self.redistributions:
+            return self.redistributions[node.name](*args)
+        if isinstance(target, Method):
+            return getattr(self.model, target.name)(*args, **kwargs)
+        if node.op == "call_function":
+            return target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(target))(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            return attribute(self.model, str(target))
+        return self.model.get_submodule(str(target))(*args, **kwargs)
