@@ -11,6 +11,7 @@ from torch import nn
 
 from colocc.layout import Layout
 from colocc.passes.capture import capture
+from colocc.passes.capture import find_targets as capture_targets
 from colocc.passes.graph import Graph, Reduction, Traits
 from colocc.passes.phases import phases
 from colocc.passes.propagate import propagate
@@ -56,4 +57,15 @@ def check(graph: Graph, after: str, between: Sequence[Between]) -> None:
         show(graph, after)
 
 
-__all__ = ["PIPELINE", "capture", "check", "phases", "propagate", "redistribute", "run", "specialize"]
+__all__ = [
+    "PIPELINE",
+    "capture",
+    "capture_targets",
+    "check",
+    "phases",
+    "propagate",
+    "redistribute",
+    "run",
+    "specialize",
+    "verify",
+]

@@ -330,5 +330,8 @@ def _drop_unused_reads(graph: fx.Graph) -> None:
         unused = not node.users
         if unused and node.op == "call_function" and node.target in reads:
             graph.erase_node(node)
+        elif unused and node.op == "placeholder":
+            # What the forward takes and never reads is no input: a batch that has it is refused.
+            graph.erase_node(node)
         elif unused and node.op == "call_method" and node.target in {"size", "dim"}:
             graph.erase_node(node)

@@ -260,7 +260,8 @@ def _fields(name: str, layout: Layout) -> dict[str, tuple[Members, ...]]:
         fields["embd"] = tuple(tuple(sorted({ranks[0], ranks[-1]})) for ranks in pipelines)
         fields["pos_embd"] = tuple((ranks[0],) for ranks in pipelines)
     else:
-        fields["embd"] = fields["pos_embd"] = ()
+        # Not None: Megatron would look for the embedding group of parallel_state instead.
+        fields["embd"] = fields["pos_embd"] = tuple((rank,) for rank in range(layout.size))
     return fields
 
 

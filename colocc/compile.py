@@ -1,0 +1,390 @@
+"""compile(): from a model and its layouts to a program that this rank runs."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from colocc import passes
+from colocc.errors import LayoutError
+from colocc.layout import Layout
+from colocc.passes.dump import PASSES, dot, page, ranks
+from colocc.passes.graph import Graph, Reduction, first_type
+from colocc.passes.phases import cut
+from colocc.runtime import megatron
+from colocc.runtime.data import Batches, holding_of, sample_runs
+from colocc.runtime.execute import Executor
+from colocc.runtime.groups import (
+    DEFAULT_TIMEOUT,
+    ProcessGroups,
+    agree,
+    as_layout,
+    check_world,
+    close_groups,
+    layouts_text,
+    open_groups,
+    process_groups,
+)
+from colocc.runtime.redistribution import Redistribution
+from colocc.runtime.schedule import three_phase
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from colocc.runtime.groups import AnyLayout
+
+
+def compile(
+    model: nn.Module,
+    layouts: Mapping[str, AnyLayout],
+    *,
+    groups: ProcessGroups | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    schedule: str = "three_phase",
+    batch_dims: Mapping[str, int] | None = None,
+    reductions: Mapping[str, Reduction] | None = None,
+    timeout: timedelta = DEFAULT_TIMEOUT,
+) -> Program:
+    """Return the program that trains ``model`` with each module on its own layout.
+
+    ``layouts`` names modules by submodule path, or by MIMO name for Megatron's MimoModel. ``groups`` are
+    those that the model was built with; without them, equal ones are shared or opened.
+    ``example_inputs`` is one global batch (tensors on any device, or meta): with it the page shows sizes
+    and bytes; a MimoModel needs none. ``batch_dims`` names the dim that holds the samples where it is
+    not 0. ``reductions`` overrides how a module's gradients are reduced over its dp axis.
+
+    Collective. Without an initialised torch.distributed the program can be printed, not run.
+
+    Raises: LayoutError, CaptureError, before any training step and on every rank alike.
+    """
+    if schedule != "three_phase":
+        raise LayoutError(f"schedule {schedule!r} is not known: write schedule='three_phase'")
+    graph, error = None, None
+    try:
+        plain = {name: as_layout(name, layout) for name, layout in layouts.items()}
+        check_world(plain, dist.get_world_size() if dist.is_initialized() else None)
+        if groups is not None and groups.layouts != plain:
+            raise LayoutError(
+                f"groups were opened for {layouts_text(groups.layouts)}, the layouts are "
+                f"{layouts_text(plain)}. Open them with the same layouts."
+            )
+        graph = _build(model, plain, example_inputs, batch_dims or {}, reductions or {})
+    except Exception as problem:  # agreed on below, then raised on every rank
+        error = problem
+    text = "" if graph is None else _digest(graph)
+    try:
+        agree("the compiled program", text, None if error is None else str(error) or repr(error))
+    except LayoutError as problem:
+        if error is None or str(error) == str(problem):
+            raise (error or problem) from None
+        raise type(problem)(str(problem)) from error
+    assert graph is not None
+    return Program(model, graph, groups, dict(batch_dims or {}), timeout)
+
+
+def _build(
+    model: nn.Module,
+    layouts: dict[str, Layout],
+    example_inputs: Mapping[str, Any] | None,
+    batch_dims: Mapping[str, int],
+    overrides: Mapping[str, Reduction],
+) -> Graph:
+    traits = megatron.traits_of(model, example_inputs)
+    targets = passes.capture_targets(model, layouts, traits)
+    reductions = {
+        name: overrides.get(name) or megatron.reduction_of(name, model.get_submodule(path))
+        for name, path in targets.items()
+    }
+    return passes.run(
+        model,
+        layouts,
+        reductions=reductions,
+        example_inputs=example_inputs,
+        traits=traits,
+        batch_dims=batch_dims,
+        between=(_dump,),
+    )
+
+
+def _digest(graph: Graph) -> str:
+    """A line that is equal on two ranks exactly if their graphs and plans are."""
+    seen = page(graph) + repr(sorted(graph.plans.items()))
+    return f"{layouts_text(graph.layouts)}, graph {hashlib.sha256(seen.encode()).hexdigest()[:16]}"
+
+
+def _dump(graph: Graph, after: str, rank: int | None = None) -> None:
+    """Write the page after a pass into the folder that COLOCC_DUMP names, if it names one."""
+    folder = os.environ.get("COLOCC_DUMP")
+    if not folder or (rank is None and dist.is_initialized() and dist.get_rank() != 0):
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    name = f"{PASSES.index(after) + 1:02d}_{after}" + (f".rank{rank}" if rank is not None else "")
+    Path(folder, f"{name}.txt").write_text(page(graph, after))
+
+
+class Program:
+    """A compiled model. ``print(program)`` is its page; ``program(**batch)`` its forward at pp = 1.
+
+    A batch is a dict of the forward's arguments, global and the same on every rank: the program cuts out
+    what this rank reads. ``samples`` says which samples that is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        groups: ProcessGroups | None,
+        batch_dims: dict[str, int],
+        timeout: timedelta,
+    ) -> None:
+        self.model, self.graph, self.batch_dims = model, graph, batch_dims
+        self.rank = dist.get_rank() if dist.is_initialized() else None
+        self.groups, self._owns_groups = groups, False
+        parameters = inspect.signature(model.forward).parameters.values()
+        self._optional = frozenset(p.name for p in parameters if p.default is not p.empty)
+        self._agreed = False
+        self.cut: list[fx.Node] = []
+        self._members: tuple[tuple[int, ...], ...] = ()
+        if self.rank is not None:
+            self._bind(self.rank, timeout)
+
+    def _bind(self, rank: int, timeout: timedelta) -> None:
+        """Open the groups of the plans, in one order on all ranks, and cut out this rank's graph."""
+        if self.groups is None and megatron.is_mimo(self.model):
+            self.groups, self._owns_groups = process_groups(self.graph.layouts, timeout=timeout), True
+        plans = self.graph.plans
+        self._members = tuple(
+            dict.fromkeys(group for plan in plans.values() for group in plan.member_lists())
+        )
+        opened = open_groups(self._members, timeout=timeout)
+        mine = passes.specialize(self.graph, rank=rank)
+        passes.check(mine, "specialize", (lambda graph, after: _dump(graph, after, rank),))
+        self._mine = mine
+        moves = {}
+        for node in mine.fx.nodes:
+            if node.name in plans:
+                found = first_type(node.meta["types"])
+                dim = found.batch if found is not None and found.batch is not None else 0
+                moves[node.name] = Redistribution(plans[node.name], opened, rank, name=node.name, dim=dim)
+        self.cut = cut(mine)
+        self._encode = Executor(mine, "encode", self.model, moves, self.cut)
+        self._output = mine.output()
+        self._language = Executor(mine, "language", self.model, moves, self._output.all_input_nodes)
+
+    def __str__(self) -> str:
+        return page(self.graph)
+
+    def ranks(self, name: str) -> str:
+        """Which part of the samples each rank holds before and after the redistribution ``name``."""
+        return ranks(self.graph, name)
+
+    def dot(self) -> str:
+        """The graph in graphviz's language."""
+        return dot(self.graph)
+
+    def samples(
+        self, *, num_microbatches: int, batch_size: int, rank: int | None = None
+    ) -> dict[str, list[tuple[int, int]]]:
+        """For each module, the (microbatch, sample) pairs that ``rank`` reads, in order.
+
+        ``batch_size`` is the samples of one global microbatch.
+        """
+        who = self.rank if rank is None else rank
+        if who is None:
+            raise LayoutError("samples() needs a rank where torch.distributed is not initialised")
+        dp = self.graph.layouts[self.graph.sink].dp
+        return {
+            name: [
+                (microbatch, sample)
+                for microbatch, start, stop in sample_runs(
+                    holding_of(self.graph, name), dp, num_microbatches, batch_size, who
+                )
+                for sample in range(start, stop)
+            ]
+            for name in self.graph.layouts
+        }
+
+    def encode(self, batches: Batches) -> list[Any]:
+        """Phase 1: the values that cross to the language phase, for the samples of the whole step."""
+        values = {
+            node: batches.encoder_input(node)
+            for node in self._mine.placeholders()
+            if node.meta["phase"] == "encode"
+        }
+        return self._encode(values)
+
+    def language(self, batches: Batches, microbatch: int, crossing: list[Any]) -> Any:
+        """One microbatch through this rank's part of the language phase; what the forward returns."""
+        values = {
+            node: batches.sink_input(node, microbatch)
+            for node in self._mine.placeholders()
+            if node.meta["phase"] == "language"
+        }
+        values |= dict(zip(self.cut, crossing, strict=True))
+        results = dict(zip(self._output.all_input_nodes, self._language(values), strict=True))
+        return fx.node.map_arg(self._output.args[0], results.__getitem__)
+
+    def __call__(self, **batch: Any) -> Any:
+        """Return what the model's forward returns for this rank's replica of ``batch``.
+
+        Raises: LayoutError if the language module is pipelined, or the batch lacks or adds an input.
+        """
+        layout = self.graph.layouts[self.graph.sink]
+        if layout.pp > 1:
+            raise LayoutError(
+                f"{self.graph.sink} ({layout}) is pipelined over {layout.pp} stages: call "
+                "program.forward_backward(batches, num_microbatches=..., loss_func=...)"
+            )
+        batches = self._batches([batch])
+        return self.language(batches, 0, self.encode(batches))
+
+    def forward_backward(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        *,
+        num_microbatches: int,
+        loss_func: Callable[..., Any] | None = None,
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        force_all_reduce: bool = False,
+        seq_length: int | None = None,
+    ) -> list[Any]:
+        """Run forward and backward of one training step and finalise its gradients.
+
+        Takes ``num_microbatches`` global microbatches from ``batches``. ``loss_func`` gets what the
+        model's forward returns and follows Megatron's contract: it returns (loss sum, tokens, log), or
+        (loss, log). Returns the logs on the last stage, [] elsewhere.
+
+        Raises: LayoutError, before any collective, for batches that cannot be cut or modules that
+        nothing would reduce.
+        """
+        found, error = None, None
+        try:
+            if not megatron.is_mimo(self.model):
+                raise LayoutError(
+                    f"forward_backward runs Megatron's schedules, {type(self.model).__name__} is no "
+                    "MimoModel: call program(**batch) and loss.backward()"
+                )
+            taken = self._take(batches, num_microbatches)
+            length = seq_length or taken[0]["input_ids"].shape[1]
+            if not forward_only:
+                for name, module in self.trainable().items():
+                    megatron.require_ddp(name, module)
+            found = self._prepare(taken)
+        except LayoutError as problem:
+            error = problem
+        self._agree_once(found, error)
+        assert found is not None
+        return three_phase(
+            self,
+            found,
+            loss_func,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+            force_all_reduce=force_all_reduce,
+            seq_length=length,
+        )
+
+    def _take(self, batches: Iterable[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise LayoutError(f"num_microbatches is {count!r}: give an integer of at least 1")
+        taken = list(islice(iter(batches), count))
+        if len(taken) < count:
+            raise LayoutError(
+                f"the batches ended after {len(taken)} of {count} microbatches. Give {count}, or "
+                f"num_microbatches={len(taken)}"
+            )
+        return taken
+
+    def _batches(self, microbatches: list[Mapping[str, Any]]) -> Batches:
+        found, error = None, None
+        try:
+            found = self._prepare(microbatches)
+        except LayoutError as problem:
+            error = problem
+        self._agree_once(found, error)
+        assert found is not None
+        return found
+
+    def _prepare(self, microbatches: list[Mapping[str, Any]]) -> Batches:
+        if self.rank is None:
+            raise LayoutError(
+                "torch.distributed was not initialised when the program was compiled: it can be "
+                "printed, not run. Call init_process_group before compile()."
+            )
+        return Batches(self.graph, microbatches, self.rank, self.batch_dims, self._optional)
+
+    def _agree_once(self, batches: Batches | None, error: LayoutError | None) -> None:
+        """The first batch is compared across ranks: a rank with another batch is named, not waited for."""
+        if self._agreed or self.rank is None:
+            if error is not None:
+                raise error
+            return
+        text = "" if batches is None else _fingerprint(batches.microbatches)
+        agree("the batch, which must be global", text, None if error is None else str(error))
+        self._agreed = True
+
+    def trainable(self) -> dict[str, nn.Module]:
+        """The modules of the layouts with a parameter that requires grad, in the order of the layouts."""
+        modules = {n: self.model.get_submodule(path) for n, path in self.graph.targets.items()}
+        return {n: m for n, m in modules.items() if any(p.requires_grad for p in m.parameters())}
+
+    @property
+    def sink_module(self) -> nn.Module:
+        """The module that every other one feeds, with its wrappers."""
+        return self.model.get_submodule(self.graph.targets[self.graph.sink])
+
+    def collection(self, name: str) -> ProcessGroupCollection:
+        """The process groups of the module ``name``."""
+        if self.groups is None:
+            raise LayoutError("this program has no Megatron process groups: it was compiled without any")
+        return self.groups[name]
+
+    def optimizer(self, config: OptimizerConfig) -> Any:
+        """Megatron's MimoOptimizer over the modules, each on its own groups; frozen ones are left out."""
+        if self.groups is None:
+            raise LayoutError("optimizer() needs Megatron process groups: give compile() groups=")
+        modules = {n: self.model.get_submodule(path) for n, path in self.graph.targets.items()}
+        return megatron.mimo_optimizer(modules, self.groups, config)
+
+    def destroy(self) -> None:
+        """Give back the process groups that the program opened."""
+        if self.rank is not None:
+            close_groups(self._members)
+            self._members = ()
+        if self._owns_groups and self.groups is not None:
+            self.groups.destroy()
+            self.groups, self._owns_groups = None, False
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.destroy()
+
+
+def _fingerprint(microbatches: Iterable[Mapping[str, Any]]) -> str:
+    """Names, shapes and a digest of the content of a step's batches."""
+    digest, shapes = hashlib.sha256(), []
+    for batch in microbatches:
+        leaves, spec = pytree.tree_flatten(dict(batch))
+        digest.update(str(spec).encode())
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                shapes.append(list(leaf.shape))
+                digest.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(repr(leaf).encode())
+    return f"shapes {shapes[:6]} content {digest.hexdigest()[:16]}"

@@ -1,0 +1,253 @@
+"""All that colocc knows of megatron-core's internals (0.19): its MimoModel, schedules, DDP, optimizer."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from colocc.errors import CaptureError, LayoutError
+from colocc.layout import Layout
+from colocc.passes.graph import Glue, Reduction, Traits
+from colocc.types import DTYPES
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from colocc.runtime.groups import ProcessGroups
+
+LANGUAGE = "language"
+_INPUTS = ("input_ids", "position_ids", "loss_mask", "labels")
+
+
+def is_mimo(model: nn.Module) -> bool:
+    """Whether ``model`` is Megatron's MimoModel; false without importing Megatron for the question."""
+    base = sys.modules.get("megatron.core.models.mimo.model.base")
+    return base is not None and isinstance(model, base.MimoModel)
+
+
+def traits_of(model: nn.Module, example_inputs: Mapping[str, Any] | None) -> Traits:
+    """What is known of ``model`` beforehand: everything of a MimoModel, nothing of other models."""
+    if not is_mimo(model):
+        return Traits()
+    if model.role.mode.value != "colocated" or model.language_model is None:
+        raise CaptureError(
+            "the MimoModel was built for modules on different ranks (module_to_grid_map): colocc "
+            "compiles modules that share all ranks. Build it with module_to_grid_map=None."
+        )
+    names = tuple(model.modality_submodules)
+    shapes = _Shapes(model, example_inputs or {})
+    glue = [
+        Glue("get_text_embeddings", LANGUAGE, shapes.text),
+        Glue("align_embeddings_by_token_positions", LANGUAGE, shapes.merged),
+    ]
+    if model.partition_adapter is not None:
+        glue.append(Glue("_shard_language_inputs", LANGUAGE, shapes.sharded, stage="all"))
+    outputs: dict[str, Callable[[Mapping[str, Any], Layout], Any]] = {
+        name: shapes.encoded(name) for name in names
+    }
+    return Traits(
+        targets={name: f"modality_submodules.{name}" for name in names} | {LANGUAGE: "language_model"},
+        glue=tuple(glue),
+        inputs=_INPUTS,
+        nested={"modality_inputs": names},
+        outputs=outputs | {LANGUAGE: shapes.language},
+        disabled=("colocated_comms",),
+    )
+
+
+class _Shapes:
+    """The shapes of MimoModel's values: hidden size and dtype from its config, tokens per sample from
+    the placeholders in the example's input_ids."""
+
+    def __init__(self, model: Any, example_inputs: Mapping[str, Any]) -> None:
+        config = unwrapped(model.language_model).config
+        dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else config.params_dtype
+        self.dtype = DTYPES[str(dtype).removeprefix("torch.")]
+        self.hidden = config.hidden_size
+        self.tokens = {}
+        ids = example_inputs.get("input_ids")
+        for name, token in model.special_token_ids.items():
+            if isinstance(ids, torch.Tensor) and ids.dim() == 2:
+                counts = (ids == token).sum(dim=1).tolist()
+                self.tokens[name] = counts[0] if len(set(counts)) == 1 else None
+
+    def encoded(self, name: str) -> Callable[[Mapping[str, Any], Layout], Any]:
+        def shape(arguments: Mapping[str, Any], layout: Layout) -> Any:
+            inputs = [
+                leaf
+                for leaf in pytree.tree_leaves(arguments.get("encoder_inputs"))
+                if isinstance(leaf, torch.Tensor) and leaf.dim()
+            ]
+            tokens = self.tokens.get(name)
+            if not inputs or not tokens:
+                return None
+            return (self.dtype, (inputs[0].shape[0] * tokens, self.hidden))
+
+        return shape
+
+    def text(self, arguments: Mapping[str, Any], layout: Layout) -> Any:
+        batch, length = arguments["input_ids"].shape
+        special = list(self.tokens.values())
+        if not special or None in special:
+            return None
+        return (self.dtype, (batch * (length - sum(n for n in special if n)), self.hidden))
+
+    def merged(self, arguments: Mapping[str, Any], layout: Layout) -> Any:
+        batch, length = arguments["input_ids"].shape
+        return (self.dtype, (length, batch, self.hidden))
+
+    def sharded(self, arguments: Mapping[str, Any], layout: Layout) -> Any:
+        length, batch, hidden = arguments["embeddings"].shape
+        return ((self.dtype, (length, batch, hidden)), arguments["labels"], arguments["loss_mask"], None)
+
+    def language(self, arguments: Mapping[str, Any], layout: Layout) -> Any:
+        labels = arguments.get("labels")
+        return ("f32", tuple(labels.shape)) if isinstance(labels, torch.Tensor) else None
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """``module`` without wrappers such as DDP or Float16Module."""
+    while isinstance(getattr(module, "module", None), nn.Module):
+        module = module.module  # type: ignore[assignment]
+    return module
+
+
+def reduction_of(name: str, module: nn.Module) -> Reduction:
+    """How DDP reduces the gradients of ``module``: a sum with per-token loss, else the mean over dp.
+
+    Megatron's DDP reads it from the config; torch's DDP always takes the mean.
+    """
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if hasattr(config, "calculate_per_token_loss"):
+            return "sum" if config.calculate_per_token_loss else "mean"
+    return "mean"
+
+
+def is_ddp(module: nn.Module) -> bool:
+    """Whether ``module`` is wrapped in Megatron's DDP."""
+    return hasattr(module, "finish_grad_sync") and hasattr(module, "scale_gradients")
+
+
+class Stage(nn.Module):
+    """This rank's part of the pipelined module as Megatron's schedules want it.
+
+    It carries a copy of the config, so that the schedule hands its token count to ``collect`` instead
+    of finalising gradients, while the user's config stays as it is.
+    """
+
+    def __init__(self, module: nn.Module, collect: Callable[..., None]) -> None:
+        super().__init__()
+        self.module = module
+        inner = unwrapped(module)
+        self.config = copy.copy(inner.config)
+        self.config.finalize_model_grads_func = collect
+        self.config.grad_sync_func = None
+        if self.config.no_sync_func is None and is_ddp(module):
+            self.config.no_sync_func = module.no_sync
+        self.model_type = inner.model_type
+        self.vp_stage = None
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Give this stage the hidden states of the stage before it."""
+        unwrapped(self.module).set_input_tensor(tensor)
+
+
+def run_schedule(
+    stage: Stage,
+    forward_step: Callable[..., Any],
+    collection: ProcessGroupCollection,
+    *,
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    forward_only: bool,
+    collect_non_loss_data: bool,
+    force_all_reduce: bool,
+    indices: Iterator[int],
+) -> list[Any]:
+    """Return what Megatron's schedule returns: the losses on the last stage, [] elsewhere."""
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    common: dict[str, Any] = {
+        "forward_step_func": forward_step,
+        "data_iterator": indices,
+        "model": stage,
+        "num_microbatches": num_microbatches,
+        "seq_length": seq_length,
+        "micro_batch_size": micro_batch_size,
+        "forward_only": forward_only,
+        "collect_non_loss_data": collect_non_loss_data,
+        "pg_collection": collection,
+        "force_all_reduce": force_all_reduce,
+    }
+    if collection.pp.size() == 1:
+        result = schedules.forward_backward_no_pipelining(**common)
+    else:
+        result = schedules.forward_backward_pipelining_without_interleaving(
+            p2p_communicator=P2PCommunicator(pp_group=collection.pp, config=stage.config), **common
+        )
+    return list(result)
+
+
+def global_tokens(tokens: torch.Tensor, collection: ProcessGroupCollection) -> torch.Tensor:
+    """The token count of the whole step, from the counts that the last stages hold."""
+    last = dist.get_process_group_ranks(collection.pp)[-1]
+    dist.broadcast(tokens, src=last, group=collection.pp)
+    dist.all_reduce(tokens, group=collection.dp_cp)
+    return tokens
+
+
+def finish_gradients(
+    module: nn.Module, collection: ProcessGroupCollection, *, force_all_reduce: bool
+) -> None:
+    """Reduce the gradients of one module over its own groups: dp, tied embeddings, sequence parallel."""
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+
+    finalize_model_grads([module], None, collection, force_all_reduce)
+
+
+def mimo_optimizer(
+    modules: Mapping[str, nn.Module], groups: ProcessGroups, config: OptimizerConfig
+) -> Any:
+    """Megatron's MimoOptimizer over ``modules``: one optimizer each on its own groups, one norm.
+
+    Raises: LayoutError for a trainable module that is not wrapped in Megatron's DDP.
+    """
+    from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    infos = {}
+    for name, module in modules.items():
+        optimizer = None
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            require_ddp(name, module)
+            optimizer = get_megatron_optimizer(
+                config=config,
+                model_chunks=[module],
+                pg_collection=groups[name],
+                use_gloo_process_groups=False,
+            )
+        infos[name] = ModuleOptimizerInfo(
+            optimizer=optimizer, grid=None, pg_collection=groups[name], is_active=True
+        )
+    return MimoOptimizer(infos, config)
+
+
+def require_ddp(name: str, module: nn.Module) -> None:
+    """Raise LayoutError unless ``module`` is wrapped in Megatron's DDP."""
+    if not is_ddp(module):
+        raise LayoutError(
+            f"{name} has parameters to train and is no Megatron DistributedDataParallel: nothing would "
+            f"reduce its gradients. Wrap it: DistributedDataParallel(config, ddp_config, module, "
+            f"pg_collection=groups[{name!r}])"
+        )
