@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from colocc.layout import Layout
-from colocc.passes.capture import capture
+from colocc.passes.capture import TRACING, capture
 from colocc.passes.capture import find_targets as capture_targets
 from colocc.passes.graph import Graph, Reduction, Traits
 from colocc.passes.phases import phases
@@ -41,12 +41,13 @@ def run(
     options: dict[Pass, dict[str, Any]] = {
         propagate: {"model": model, "batch_dims": batch_dims, **known}
     }
-    graph = capture(model, layouts, **known)
-    graph.reductions = dict(reductions)
-    check(graph, "capture", between)
-    for step in PIPELINE:
-        graph = partial(step, **options.get(step, {}))(graph)
-        check(graph, step.__name__, between)
+    with TRACING:
+        graph = capture(model, layouts, **known)
+        graph.reductions = dict(reductions)
+        check(graph, "capture", between)
+        for step in PIPELINE:
+            graph = partial(step, **options.get(step, {}))(graph)
+            check(graph, step.__name__, between)
     return graph
 
 

@@ -33,8 +33,8 @@ from colocc.passes.graph import Graph, Traits
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LIBRARIES = tuple(os.path.dirname(os.path.realpath(path)) for path in (torch.__file__, __file__))
-# torch.fx replaces nn.Module.__call__ while it traces, for all threads.
-_tracing = threading.RLock()
+# torch.fx replaces nn.Module.__call__ while it traces, for all threads: no other may run a module.
+TRACING = threading.RLock()
 
 
 def leaf(fn: F) -> F:
@@ -71,7 +71,7 @@ def capture(
     check_covered(model, targets)
     tracer = _Tracer(targets, traits)
     inputs = _bind(model, example_inputs, traits)
-    with _tracing, tracer.prepared(model):
+    with TRACING, tracer.prepared(model):
         graph = tracer.capture(model, inputs)
     _drop_unused_reads(graph)
     return Graph(graph, type(model).__name__, dict(layouts), targets)
