@@ -1,0 +1,43 @@
+# make setup   .venv with everything that constraints.txt pins
+# make demo    train the digits VLM: on 8 CPU ranks, or on the GPUs that torch sees
+# make test    format, lint, types, tests (make check is the same)
+
+SHELL := /bin/bash
+BIN := .venv/bin
+STAMP := .venv/.installed
+PYTHON ?= $(shell for p in python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test check clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "colocc needs python 3.12 or newer on PATH" >&2; exit 1; }
+	test -x $(BIN)/pip || "$(PYTHON)" -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
+	@touch $@
+
+GPUS = $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count())')
+RANKS = $(if $(filter 0,$(GPUS)),8,$(GPUS))
+LANGUAGE_2 = tp2
+LANGUAGE_4 = tp2,pp2
+LANGUAGE_8 = tp2,pp2,dp2
+LANGUAGE = $(or $(LANGUAGE_$(RANKS)),dp$(RANKS))
+
+demo: setup
+	ranks=$(RANKS) && $(BIN)/torchrun --standalone --nproc-per-node=$$ranks examples/digits.py \
+		--layout images=tp1,dp$$ranks --layout language=$(LANGUAGE)
+
+test: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q
+
+check: test
+
+clean:
+	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
