@@ -41,7 +41,7 @@ class Sizes:
     heads: int = 8
     vision_layers: int = 2
     language_layers: int = 4
-    spread: float = 0.08
+    gain: float = 1.0
 
 
 class VisionTransformer(MegatronModule):
@@ -124,8 +124,8 @@ def build_model(
     )
     with quiet():
         model = MimoModel(config)
-    fill(model.modality_submodules["images"], images, sizes.spread, seed)
-    fill(model.language_model, language, sizes.spread, seed)
+    fill(model.modality_submodules["images"], images, sizes.gain, seed)
+    fill(model.language_model, language, sizes.gain, seed)
     model.to(torch.cuda.current_device())
     model.modality_submodules["images"] = data_parallel(
         model.modality_submodules["images"], vision_config, images
@@ -165,7 +165,7 @@ def data_parallel(
 
 
 def fill(
-    module: torch.nn.Module, groups: ProcessGroupCollection, spread: float, seed: int
+    module: torch.nn.Module, groups: ProcessGroupCollection, gain: float, seed: int
 ) -> None:
     """Fill every matrix from a generator seeded by its global name; this rank keeps its slice.
 
@@ -180,7 +180,7 @@ def fill(
             if dim is not None:
                 shape[dim] *= groups.tp.size()
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            whole = torch.randn(shape, generator=generator) * spread
+            whole = torch.randn(shape, generator=generator) * gain / shape[-1] ** 0.5
             mine = whole if dim is None else whole.chunk(groups.tp.size(), dim)[groups.tp.rank()]
             weight.copy_(mine)
 

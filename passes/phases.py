@@ -39,6 +39,8 @@ def phases(graph: Graph) -> Graph:
         node.meta["phase"] = "encode" if encodes and node.op != "output" else "language"
         node.meta["stage"] = _stage(graph, node, calls, made_from)
     for node in graph.fx.nodes:
+        crosses = any(user.meta["phase"] == "language" for user in node.users)
+        node.meta["cut"] = node.meta["phase"] == "encode" and crosses
         late = [n for n in node.all_input_nodes if n.meta["phase"] == "language"]
         if node.meta["phase"] == "encode" and late:
             raise CaptureError(
@@ -70,9 +72,9 @@ def _stage(
 
 
 def cut(graph: Graph) -> list[fx.Node]:
-    """The values that cross from encode to language, in graph order."""
-    return [
-        node
-        for node in graph.fx.nodes
-        if node.meta["phase"] == "encode" and any(u.meta["phase"] == "language" for u in node.users)
-    ]
+    """The values that cross from encode to language, in graph order.
+
+    They are marked once, on the graph of all ranks: a later stage reads none of them, and yet takes part
+    in returning their gradients.
+    """
+    return [node for node in graph.fx.nodes if node.meta.get("cut")]
