@@ -20,6 +20,7 @@ VOCABULARY_SIZE = 32  # the next multiple of 8: every tp up to 8 divides it
 
 SIDE, PATCH = 8, 2
 PATCHES = (SIDE // PATCH) ** 2
+MEAN, SPREAD = 4.88, 6.02  # of all pixels, which run from 0 to 16
 PROMPT = (BOS,) + (IMAGE,) * PATCHES + tuple(VOCABULARY.index(w) for w in ("the", "digit", "is"))
 NAME_LENGTH = max(map(len, NAMES)) + 1  # with <eos>
 LENGTH = len(PROMPT) + NAME_LENGTH - 1  # the last token is only ever a label
@@ -31,7 +32,7 @@ Batch = dict[str, Any]
 class Scans:
     """Scans and what they show.
 
-    Shapes: pixels [n, 8, 8] in 0..1, digits [n].
+    Shapes: pixels [n, 8, 8], standardised; digits [n].
     """
 
     pixels: torch.Tensor
@@ -44,7 +45,7 @@ class Scans:
 def load(held_out: int = 360) -> tuple[Scans, Scans]:
     """The training scans and the held-out scans, stratified by digit, the same in every run."""
     data = load_digits()
-    pixels = np.asarray(data.images, dtype=np.float32) / 16
+    pixels = (np.asarray(data.images, dtype=np.float32) - MEAN) / SPREAD
     digits = np.asarray(data.target, dtype=np.int64)
     parts = train_test_split(
         pixels, digits, test_size=held_out, stratify=digits, random_state=0, shuffle=True
@@ -105,7 +106,7 @@ class Lessons:
         epoch, turn = divmod(step, self.per_epoch)
         order = torch.randperm(len(self.scans), generator=self._generator(epoch))
         ids = order[turn * self.global_batch : (turn + 1) * self.global_batch]
-        pixels = nudge(self.scans.pixels[ids], self._generator(1_000_000 + step))
+        pixels = disturb(self.scans.pixels[ids], self._generator(1_000_000 + step))
         parts = zip(
             pixels.chunk(self.microbatches), self.scans.digits[ids].chunk(self.microbatches)
         )
@@ -115,11 +116,12 @@ class Lessons:
         return torch.Generator().manual_seed(self.seed * 10_000_019 + turn)
 
 
-def nudge(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The scans, each moved by at most one pixel up or down and left or right."""
-    padded = torch.nn.functional.pad(pixels, (1, 1, 1, 1))
-    down, right = torch.randint(0, 3, (2, len(pixels), 1), generator=generator)
-    rows = torch.arange(SIDE)
-    return padded[
-        torch.arange(len(pixels))[:, None, None], (down + rows)[:, :, None], (right + rows)[:, None]
-    ]
+def disturb(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The scans with noise, three in ten moved by at most one pixel up or down and left or right."""
+    padded = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=-MEAN / SPREAD)
+    moved = (torch.rand(len(pixels), generator=generator) < 0.3).long()
+    down, right = 1 + moved * torch.randint(-1, 2, (2, len(pixels)), generator=generator)
+    rows, columns = torch.arange(SIDE)[:, None], torch.arange(SIDE)
+    scan = torch.arange(len(pixels))[:, None, None]
+    shifted = padded[scan, down[:, None, None] + rows, right[:, None, None] + columns]
+    return shifted + 0.2 * torch.randn(shifted.shape, generator=generator)
