@@ -156,6 +156,7 @@ class Program:
         self._optional = frozenset(p.name for p in parameters if p.default is not p.empty)
         self._agreed = False
         self.cut: list[fx.Node] = []
+        self.redistributions: dict[str, Redistribution] = {}
         self._members: tuple[tuple[int, ...], ...] = ()
         if self.rank is not None:
             self._bind(self.rank, timeout)
@@ -172,7 +173,7 @@ class Program:
         mine = passes.specialize(self.graph, rank=rank)
         passes.check(mine, "specialize", (lambda graph, after: _dump(graph, after, rank),))
         self._mine = mine
-        moves = {}
+        moves = self.redistributions
         for node in mine.fx.nodes:
             if node.name in plans:
                 found = first_type(node.meta["types"])

@@ -74,8 +74,8 @@ class Layout:
                 f"ep{self.ep} does not divide cp{self.cp} * dp{self.dp} = {self.cp * self.dp} "
                 f"ranks (expt_dp = cp * dp / ep). Write {_choice('ep', fits)}."
             )
-        dense, expert = _stride(self._dense, "pp"), _stride(self._expert, "pp")
-        if self.pp > 1 and dense != expert:
+        if self.ep > 1 and self._torn:
+            dense, expert = _stride(self._dense, "pp"), _stride(self._expert, "pp")
             raise LayoutError(
                 f"order {self.order!r} with ep{self.ep}: pipeline neighbours are {dense} ranks "
                 f"apart, those of the experts {expert}. Put pp last, as in {DEFAULT_ORDER}."
@@ -99,6 +99,11 @@ class Layout:
     def _expert(self) -> Grid:
         sizes = {"tp": self.tp, "ep": self.ep, "dp": self.cp * self.dp // self.ep, "pp": self.pp}
         return tuple((EXPERT[a], sizes[a]) for a in self.order.split("-") if a in EXPERT)
+
+    @property
+    def _torn(self) -> bool:
+        """Whether Megatron's expert view would tear the pipelines; ep1 then keeps the dense one."""
+        return self.pp > 1 and _stride(self._dense, "pp") != _stride(self._expert, "pp")
 
     def stride(self, axis: str) -> int:
         """How many ranks apart neighbours on ``axis`` are."""
@@ -137,13 +142,17 @@ class Layout:
 
     def expert_groups(self, *axes: str) -> Groups:
         """As ``groups`` for the experts' axes: expt_tp, ep, expt_dp, pp."""
-        return _groups(self._expert, tuple(_known(axis, tuple(EXPERT.values())) for axis in axes))
+        names = tuple(_known(axis, tuple(EXPERT.values())) for axis in axes)
+        if self._torn:
+            dense = {"expt_tp": ("tp",), "ep": (), "expt_dp": ("cp", "dp"), "pp": ("pp",)}
+            return _groups(self._dense, tuple(axis for name in names for axis in dense[name]))
+        return _groups(self._expert, names)
 
     def same_grid(self, other: Layout) -> bool:
-        """Whether all ranks have the same coordinates in both layouts."""
-        return _trim(self._dense) == _trim(other._dense) and (
-            self.ep == other.ep == 1 or _trim(self._expert) == _trim(other._expert)
-        )
+        """Whether all ranks have the same coordinates in both layouts, the experts' included."""
+        if _trim(self._dense) != _trim(other._dense) or self._torn != other._torn:
+            return False
+        return self._torn or _trim(self._expert) == _trim(other._expert)
 
     def __str__(self) -> str:
         words = [
@@ -152,10 +161,12 @@ class Layout:
             if getattr(self, axis) > 1 or axis in ("tp", "dp")
         ]
         if not self.same_grid(replace(self, order=DEFAULT_ORDER)):
-            order = self.order.split("-")
-            while getattr(self, order[-1]) == 1:
-                order.pop()
-            words.append("order=" + "-".join(order))
+            order = self.order
+            while getattr(self, order[-2:]) == 1 and self.same_grid(
+                replace(self, order=order[:-3])
+            ):
+                order = order[:-3]
+            words.append(f"order={order}")
         return " ".join(words)
 
     @classmethod

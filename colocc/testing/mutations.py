@@ -1,0 +1,157 @@
+"""Bugs on purpose, each one that a peer has shipped: a suite must turn red under every one.
+
+    for name in MUTATIONS:
+        with mutated(program, name), pytest.raises(AssertionError):
+            check(program)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from colocc.runtime import gradients, megatron, schedule
+from colocc.runtime.data import Batches
+from colocc.runtime.redistribution import Redistribution
+
+if TYPE_CHECKING:
+    from colocc.compile import Program
+
+
+def _scaled(factor: Fraction) -> Callable[[Program], contextlib.AbstractContextManager[Any]]:
+    """The encoders' gradients times ``factor``."""
+
+    @contextlib.contextmanager
+    def mutate(program: Program) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for move in program.redistributions.values():
+                plan = replace(move.plan, scale=move.plan.scale * factor)
+                stack.enter_context(mock.patch.object(move, "plan", plan))
+            yield
+
+    return mutate
+
+
+def _samples_swapped(program: Program) -> contextlib.AbstractContextManager[Any]:
+    """Each encoder slot takes its first and last sample in each other's place."""
+    original = Batches.encoder_input
+
+    def swapped(self: Batches, node: Any) -> Any:
+        def swap(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                return value
+            order = list(range(value.shape[0]))
+            order[0], order[-1] = order[-1], order[0]
+            return value[order]
+
+        return torch.utils._pytree.tree_map(swap, original(self, node))
+
+    return mock.patch.object(Batches, "encoder_input", swapped)
+
+
+def _microbatches_swapped(program: Program) -> contextlib.AbstractContextManager[Any]:
+    """The language module reads the first microbatch's text with the last one's images."""
+    original = Batches.sink_input
+
+    def swapped(self: Batches, node: Any, microbatch: int) -> Any:
+        last = len(self.microbatches) - 1
+        return original(self, node, {0: last, last: 0}.get(microbatch, microbatch))
+
+    return mock.patch.object(Batches, "sink_input", swapped)
+
+
+def _group_permuted(program: Program) -> contextlib.AbstractContextManager[Any]:
+    """What arrives from the peers of a group is joined in the reverse of their order."""
+    original = Redistribution.__call__
+
+    def reversed_parts(self: Redistribution, value: torch.Tensor) -> torch.Tensor:
+        moved = original(self, value)
+        peers = max((len(step.members) for step in self.forward_steps), default=1)
+        parts = max(peers, 2)
+        if moved.shape[self.dim] % parts:
+            return moved.flip(self.dim)
+        return torch.cat(list(reversed(moved.chunk(parts, self.dim))), self.dim)
+
+    return mock.patch.object(Redistribution, "__call__", reversed_parts)
+
+
+def _zero_pad_adjoint(program: Program) -> contextlib.AbstractContextManager[Any]:
+    """Backward keeps what this rank had itself and fills the rest with zeros, as a local narrow's
+    own autograd would."""
+    original = Redistribution.move
+
+    def padded(self: Redistribution, steps: list[Any], value: torch.Tensor, rows: int) -> torch.Tensor:
+        moved = original(self, steps, value, rows)
+        if steps is not self.backward_steps:
+            return moved
+        own = _own_part(self, moved, rows)
+        return torch.where(own, moved, torch.zeros_like(moved))
+
+    return mock.patch.object(Redistribution, "move", padded)
+
+
+def _own_part(move: Redistribution, moved: torch.Tensor, rows: int) -> torch.Tensor:
+    """Which rows of the gradient this rank's own replica had."""
+    reads = move.plan.dst.units()[move.rank]
+    units = [u for start, stop in move.plan.src.units()[move.rank] for u in range(start, stop)]
+    own = [any(a <= unit < b for a, b in reads) for unit in units for _ in range(rows)]
+    shape = [1] * moved.dim()
+    shape[move.dim] = len(own)
+    return torch.tensor(own, device=moved.device).view(shape)
+
+
+def _local_tokens(program: Program) -> contextlib.AbstractContextManager[Any]:
+    """Each replica divides by its own token count instead of the sum over replicas."""
+
+    def local(tokens: torch.Tensor, collection: Any) -> torch.Tensor:
+        last = dist.get_process_group_ranks(collection.pp)[-1]
+        dist.broadcast(tokens, src=last, group=collection.pp)
+        return tokens * collection.dp_cp.size()
+
+    return mock.patch.object(megatron, "global_tokens", local)
+
+
+@contextlib.contextmanager
+def _finalized_early(program: Program) -> Iterator[None]:
+    """Gradients are reduced before the encoders' backward has run."""
+    backward = schedule.Encoded.backward
+    finalize = gradients.finalize
+    tokens: list[Any] = []
+
+    def hold(self: Any) -> None:
+        tokens.append(self)
+
+    def swapped(program: Program, count: Any, *, force_all_reduce: bool) -> None:
+        finalize(program, count, force_all_reduce=force_all_reduce)
+        backward(tokens.pop())
+
+    with (
+        mock.patch.object(schedule.Encoded, "backward", hold),
+        mock.patch.object(schedule, "finalize", swapped),
+    ):
+        yield
+
+
+MUTATIONS: dict[str, Callable[[Program], contextlib.AbstractContextManager[Any]]] = {
+    "encoder gradients x0": _scaled(Fraction(0)),
+    "encoder gradients x0.5": _scaled(Fraction(1, 2)),
+    "encoder gradients x2": _scaled(Fraction(2)),
+    "samples swapped": _samples_swapped,
+    "microbatches swapped": _microbatches_swapped,
+    "group permuted": _group_permuted,
+    "zero-pad adjoint": _zero_pad_adjoint,
+    "local token count": _local_tokens,
+    "finalised before phase 3": _finalized_early,
+}
+
+
+def mutated(program: Program, name: str) -> contextlib.AbstractContextManager[Any]:
+    """``program`` with the bug ``name`` of MUTATIONS, inside the block."""
+    return MUTATIONS[name](program)
