@@ -1,0 +1,22 @@
+"""The environment that every test runs in, and the pool that they share."""
+
+import os
+
+# Before torch starts: without DETAIL, gloo returns wrong numbers where dtypes or shapes differ.
+os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness import ProcessPool
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[ProcessPool]:
+    """Eight processes for what threads share: Megatron's globals, random generators, dying."""
+    with ProcessPool(8) as pool:
+        yield pool
