@@ -1,0 +1,170 @@
+"""A small MimoModel of megatron-core's own layers, for any layouts, and batches for it."""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from colocc.layout import Layout
+from colocc.runtime.attention import SdpaAttention
+from colocc.testing import seed_parameters
+
+HIDDEN, HEADS, ENCODER_HIDDEN, VOCABULARY = 32, 8, 16, 64
+LENGTH, ROWS, FEATURES = 12, 3, 6
+
+
+class Encoder(MegatronModule):
+    """A projection in, Megatron's TransformerBlock, a projection out: [b, s, 6] -> [b, s, hidden]."""
+
+    def __init__(self, config: TransformerConfig, groups: Any) -> None:
+        super().__init__(config)
+        self.inward = torch.nn.Linear(FEATURES, ENCODER_HIDDEN, dtype=config.params_dtype)
+        self.trunk = TransformerBlock(config, layer_spec(AttnMaskType.no_mask), pg_collection=groups)
+        self.outward = torch.nn.Linear(ENCODER_HIDDEN, HIDDEN, dtype=config.params_dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.trunk(self.inward(x).transpose(0, 1).contiguous(), None)
+        out: torch.Tensor = self.outward(hidden).transpose(0, 1).contiguous()
+        return out
+
+
+def layer_spec(mask: AttnMaskType) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec()
+    spec.submodules.self_attention.params = {"attn_mask_type": mask}
+    spec.submodules.self_attention.submodules.core_attention = SdpaAttention
+    return spec
+
+
+def config_of(layout: Layout, layers: int, hidden: int, **options: Any) -> TransformerConfig:
+    dtype = torch.get_default_dtype()
+    return TransformerConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=HEADS,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        **options,
+    )
+
+
+def build(
+    groups: Mapping[str, Any],
+    layouts: Mapping[str, Layout],
+    *,
+    tied: bool = False,
+    per_token: bool = True,
+    sequence_parallel: bool = False,
+    frozen: tuple[str, ...] = (),
+    distributed_optimizer: bool = False,
+    wrap: bool = True,
+    seed: int = 0,
+) -> MimoModel:
+    """The model on this rank, seeded alike for every layout; trainable modules in Megatron's DDP."""
+    language, pg = layouts["language"], groups["language"]
+    per = {"calculate_per_token_loss": per_token}
+    configs = {n: config_of(at, 2, ENCODER_HIDDEN, **per) for n, at in layouts.items()}
+    configs["language"] = config_of(
+        language, 4, HIDDEN, sequence_parallel=sequence_parallel, **per
+    )
+    names = [name for name in layouts if name != "language"]
+    specs = {
+        name: ModuleSpec(
+            module=VisionModalitySubmodules,
+            params={"pg_collection": groups[name]},
+            submodules={
+                "encoders": {
+                    "vit": ModuleSpec(
+                        module=Encoder,
+                        params={"config": configs[name], "groups": groups[name]},
+                    )
+                }
+            },
+        )
+        for name in names
+    }
+    gpt = {
+        "config": configs["language"],
+        "transformer_layer_spec": layer_spec(AttnMaskType.causal),
+        "vocab_size": VOCABULARY,
+        "max_sequence_length": LENGTH,
+        "pre_process": pg.pp.rank() == 0,
+        "post_process": pg.pp.rank() == pg.pp.size() - 1,
+        "share_embeddings_and_output_weights": tied,
+        "scatter_embedding_sequence_parallel": False,
+        "pg_collection": pg,
+    }
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "MimoModel is experimental"
+        model = MimoModel(
+            MimoModelConfig(
+                language_model_spec=ModuleSpec(module=GPTModel, params=gpt),
+                modality_submodules_spec=specs,
+                special_token_ids={n: VOCABULARY - 1 - i for i, n in enumerate(names)},
+            ),
+            tp_group=pg.tp,
+        )
+    modules = {name: model.modality_submodules[name] for name in names}
+    for name, module in (modules | {"language": model.language_model}).items():
+        seed_parameters(module, groups[name], seed=seed)
+        module.requires_grad_(name not in frozen)
+        if not wrap or name in frozen:
+            continue
+        ddp = DistributedDataParallel(
+            configs[name],
+            DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
+            module,
+            pg_collection=groups[name],
+        )
+        if name == "language":
+            model.language_model = ddp
+        else:
+            model.modality_submodules[name] = ddp
+    return model
+
+
+def batch(size: int, names: tuple[str, ...] = ("images",), seed: int = 0) -> dict[str, Any]:
+    """One global microbatch: ROWS placeholders per encoder and sample, an uneven loss mask."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.get_default_dtype()
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def tokens() -> torch.Tensor:
+        return torch.randint(0, VOCABULARY - 8, (size, LENGTH), generator=generator)
+
+    ids = tokens()
+    for index, _ in enumerate(names):
+        ids[:, 1 + index * (ROWS + 1) : 1 + index * (ROWS + 1) + ROWS] = VOCABULARY - 1 - index
+    return {
+        "input_ids": ids,
+        "position_ids": torch.arange(LENGTH).expand(size, -1).contiguous(),
+        "labels": tokens(),
+        "loss_mask": (random(size, LENGTH) > 0.3).to(dtype),
+        "modality_inputs": {name: {"vit": {"x": random(size, ROWS, FEATURES)}} for name in names},
+    }
+
+
+def loss_func(output: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Megatron's contract: the loss summed over tokens, the number of tokens, the log."""
+    losses, mask = output
+    total, count = (losses * mask).sum(), mask.sum().to(torch.int)
+    return total, count, {"loss": (float(total.detach()), int(count))}
