@@ -77,8 +77,8 @@ class Layout:
         if self.ep > 1 and self._torn:
             dense, expert = _stride(self._dense, "pp"), _stride(self._expert, "pp")
             raise LayoutError(
-                f"order {self.order!r} with ep{self.ep}: pipeline neighbours are {dense} ranks "
-                f"apart, those of the experts {expert}. Put pp last, as in {DEFAULT_ORDER}."
+                f"order {self.order!r} with ep{self.ep}: stages lie {dense} ranks apart, experts' "
+                f"stages {expert}.\nPut pp last, as in {DEFAULT_ORDER}."
             )
 
     @property
@@ -374,7 +374,7 @@ def _order(order: object, sizes: dict[str, int]) -> str:
     for name in names:
         if name not in AXES:
             raise LayoutError(
-                f"order {shown} names {ascii(name[:20])}, which is no axis; "
+                f"order {shown} names {name[:20]!a}, which is no axis; "
                 f"write the axes fastest first, such as {DEFAULT_ORDER!r}."
             )
         if names.count(name) > 1:
@@ -394,7 +394,7 @@ def _order(order: object, sizes: dict[str, int]) -> str:
 def _word(word: str, text: str) -> tuple[str, int]:
     axis = word.rstrip("0123456789")
     digits = word[len(axis) :]
-    where = f"{ascii(word[:40])} in {ascii(text)}"
+    where = f"{word[:40]!a} in {text!a}"
     if axis not in AXES:
         raise LayoutError(f"{where} names no axis; write {', '.join(AXES)} with a size: tp2.")
     if not digits or digits[0] == "0":
