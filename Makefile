@@ -20,16 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
 	@touch $@
 
-GPUS = $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count())')
-RANKS = $(if $(filter 0,$(GPUS)),8,$(GPUS))
-LANGUAGE_2 = tp2
-LANGUAGE_4 = tp2,pp2
-LANGUAGE_8 = tp2,pp2,dp2
-LANGUAGE = $(or $(LANGUAGE_$(RANKS)),dp$(RANKS))
-
 demo: setup
-	ranks=$(RANKS) && $(BIN)/torchrun --standalone --nproc-per-node=$$ranks examples/digits.py \
-		--layout images=tp1,dp$$ranks --layout language=$(LANGUAGE)
+	$(BIN)/python examples/digits.py demo
 
 test: setup
 	$(BIN)/ruff format --check .

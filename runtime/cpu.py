@@ -4,25 +4,33 @@
     with cpu.ranks():           # or cpu.enable() ... cpu.disable()
         train()
 
-Megatron names the device literally (``device="cuda"``, ``.cuda()``), asks torch.cuda for streams and
-random states, and compares ``Tensor.type()`` with "torch.cuda.FloatTensor". Inside, these mean the CPU.
-``torch.cuda.is_available()`` stays false. Models need ``use_cpu_initialization=True``,
-``gradient_accumulation_fusion=False`` and a core attention that runs on the CPU (attention.py).
+Megatron names the device literally (``device="cuda"``, ``.cuda()``), asks torch.cuda for streams
+and random states, and compares ``Tensor.type()`` with "torch.cuda.FloatTensor". Inside, these mean
+the CPU, and backend "nccl" means gloo. ``torch.cuda.is_available()`` stays false. Models need
+``use_cpu_initialization=True``, ``gradient_accumulation_fusion=False`` and a core attention that
+runs on the CPU (attention.py).
 
-The replacements in torch.cuda hold for the process and are counted; the mode that redirects
-``device="cuda"`` holds for the thread that enabled it. Threads share torch's CPU random generator.
+The replacements hold for the process and are counted; the mode that redirects ``device="cuda"``
+holds for the thread that enabled it, in its backward passes too. Each thread disables what it
+enabled. Threads share torch's CPU random generator, and with it Megatron's random states: dropout
+on several ranks wants a process per rank.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from colocc.errors import LayoutError
 
@@ -31,6 +39,7 @@ _lock = threading.Lock()
 _users = 0
 _replaced: list[tuple[Any, str, Any]] = []
 _mine = threading.local()
+_rng_log = logging.getLogger("megatron.core.tensor_parallel.random")
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -40,20 +49,62 @@ class _CudaMeansCpu(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = _CPU
         if func is torch.Tensor.cuda:
             return args[0]
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         result = func(*args, **kwargs)
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return result.replace("torch.", "torch.cuda.")
+        if func is torch.Tensor.type and isinstance(result, str):
+            return re.sub(r"^torch\.(?!cuda\.)", "torch.cuda.", result)
         return result
 
 
-def _is_cuda(value: Any) -> bool:
-    return isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+def _is_cuda(device: Any) -> bool:
+    """Whether a device argument asks for a GPU; a bare number does."""
+    if isinstance(device, int) and not isinstance(device, bool):
+        return True
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
+
+
+class _Stream(torch.cpu.Stream):
+    """The one stream that a CPU has, under cuda's signature."""
+
+    def __init__(self, device: Any = None, priority: int = 0, **unused: Any) -> None:
+        super().__init__(priority)
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
+    def record_event(self, event: Any = None) -> Any:
+        event = event or _Event()
+        event.record()
+        return event
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """Nothing is pending on a CPU."""
+
+
+class _Event(torch.cpu.Event):
+    """A moment on the clock, under cuda's signature."""
+
+    def __init__(self, *flags: Any, **named_flags: Any) -> None:
+        self.moment = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.moment = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: _Event) -> float:
+        """Milliseconds from this moment to the end's."""
+        return 1e3 * (end.moment - self.moment)
 
 
 def enable() -> None:
@@ -71,22 +122,29 @@ def enable() -> None:
             for owner, name, replacement in _replacements():
                 _replaced.append((owner, name, getattr(owner, name)))
                 setattr(owner, name, replacement)
+            _rng_log.addFilter(_one_generator)
         _users += 1
     _mine.mode = _CudaMeansCpu()
     _mine.mode.__enter__()
 
 
 def disable() -> None:
-    """Undo this thread's ``enable``; the last thread to do so restores torch.cuda."""
+    """Undo this thread's ``enable``; the last thread to do so restores every original.
+
+    Raises: RuntimeError inside another torch function mode that was entered after ``enable``.
+    """
     global _users
     mode = getattr(_mine, "mode", None)
     if mode is None:
         return
+    if _get_current_function_mode() is not mode:
+        raise RuntimeError("leave the torch function modes entered after cpu.enable() first")
     mode.__exit__(None, None, None)
     _mine.mode = None
     with _lock:
         _users -= 1
         if _users == 0:
+            _rng_log.removeFilter(_one_generator)
             while _replaced:
                 owner, name, original = _replaced.pop()
                 setattr(owner, name, original)
@@ -94,17 +152,37 @@ def disable() -> None:
 
 @contextlib.contextmanager
 def ranks() -> Iterator[None]:
-    """``enable()`` inside, ``disable()`` after, however the block ends."""
+    """``enable()`` inside, ``disable()`` after, however the block ends; blocks may nest."""
+    outermost = getattr(_mine, "mode", None) is None
     enable()
     try:
         yield
     finally:
-        disable()
+        if outermost:
+            disable()
+
+
+def _one_generator(record: logging.LogRecord) -> bool:
+    """False for Megatron's warning that the CPU generator moved in a fork of cuda's: it is one."""
+    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
 def _answers(value: Any) -> Callable[..., Any]:
-    """A function that returns ``value``; a new one each time, as torch._dynamo wants one per name."""
+    """A function that returns ``value``; a new one each time, since torch._dynamo keys on it."""
     return lambda *args, **kwargs: value
+
+
+def _seed(seed: int) -> None:
+    # Not torch.manual_seed, which itself calls torch.cuda.manual_seed_all.
+    torch.default_generator.manual_seed(int(seed))
+
+
+def _get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(new_state)
 
 
 def _replacements() -> list[tuple[Any, str, Any]]:
@@ -112,35 +190,57 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     import megatron.core.tensor_parallel.random as megatron_random
 
     cuda = torch.cuda
+    stream = _Stream()
     found: list[tuple[Any, str, Any]] = [
-        (cuda, "current_device", lambda: _CPU),
-        (cuda, "current_stream", torch.cpu.current_stream),
-        (cuda, "default_stream", torch.cpu.current_stream),
+        (cuda, "current_device", _answers(_CPU)),
+        (cuda, "current_stream", _answers(stream)),
+        (cuda, "default_stream", _answers(stream)),
         (cuda, "stream", torch.cpu.stream),
-        (cuda, "Stream", torch.cpu.Stream),
-        (cuda, "is_current_stream_capturing", lambda: False),
-        (cuda, "manual_seed", torch.manual_seed),
-        (cuda, "manual_seed_all", torch.manual_seed),
-        (cuda.random, "get_rng_state", lambda *a, **k: torch.get_rng_state()),
-        (cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state()),
-        (cuda, "set_rng_state", lambda state, *a, **k: torch.set_rng_state(state)),
-        (megatron_random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()),
-        (megatron_random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state)),
+        (cuda, "Stream", _Stream),
+        (cuda, "Event", _Event),
+        (cuda, "is_current_stream_capturing", _answers(False)),
+        (cuda, "manual_seed", _seed),
+        (cuda, "manual_seed_all", _seed),
+        (cuda, "get_rng_state", _get_state),
+        (cuda, "set_rng_state", _set_state),
+        (cuda.random, "get_rng_state", _get_state),
+        (cuda.random, "set_rng_state", _set_state),
+        (megatron_random, "_get_cuda_rng_state", _get_state),
+        (megatron_random, "_set_cuda_rng_state", _set_state),
+        (torch.autograd, "_engine_run_backward", _in_mode(_engine_run_backward)),
     ]
     found += [(cuda, name, _answers(None)) for name in ("synchronize", "empty_cache", "set_device")]
     found += [(cuda.nvtx, name, _answers(None)) for name in ("range_push", "range_pop")]
     found += [(cuda, name, _answers(0)) for name in ("memory_allocated", "max_memory_allocated")]
     found += [
         (dist, name, _on_gloo(getattr(dist, name)))
-        for name in ("new_group", "new_subgroups_by_enumeration")
+        for name in ("init_process_group", "new_group", "new_subgroups_by_enumeration")
     ]
     return found
 
 
+def _in_mode(engine: Callable[..., Any]) -> Callable[..., Any]:
+    """The autograd engine with the thread's mode on: torch lifts a mode while it handles a call."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        mode = getattr(_mine, "mode", None)
+        with contextlib.nullcontext() if mode is None else mode:
+            return engine(*args, **kwargs)
+
+    return run
+
+
 def _on_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
+    def is_nccl(value: Any) -> bool:
+        return isinstance(value, str) and "nccl" in value
+
+    @functools.wraps(original)
     def opened(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("backend") == "nccl":
+        args = tuple("gloo" if is_nccl(value) else value for value in args)
+        if is_nccl(kwargs.get("backend")):
             kwargs["backend"] = "gloo"
+        if _is_cuda(kwargs.get("device_id")):
+            del kwargs["device_id"]
         return original(*args, **kwargs)
 
     return opened
