@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.runtime.lone import open_lone
+from colocc.runtime.megatron import prepare_buffers
 
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 Members = tuple[int, ...]
+Use = Literal["shared", "pipeline"]
+Key = tuple[Use, Members]
 
 
 # The fields of a ProcessGroupCollection, and the axes that each group varies over.
@@ -60,9 +63,9 @@ EXPERT_FIELDS = {
 class _Registry:
     """The open groups of one default group, with how many users each has."""
 
-    groups: dict[Members, dist.ProcessGroup] = field(default_factory=dict)
-    users: dict[Members, int] = field(default_factory=dict)
-    adopted: set[Members] = field(default_factory=set)
+    groups: dict[Key, dist.ProcessGroup] = field(default_factory=dict)
+    users: dict[Key, int] = field(default_factory=dict)
+    adopted: set[Key] = field(default_factory=set)
 
 
 # A rank may be a thread of a process with a default group of its own, so the key is the group.
@@ -87,51 +90,52 @@ def _is_destroyed(group: dist.ProcessGroup) -> bool:
 
 
 def open_groups(
-    member_lists: Iterable[Members], *, timeout: timedelta = DEFAULT_TIMEOUT
+    member_lists: Iterable[Members], *, timeout: timedelta = DEFAULT_TIMEOUT, use: Use = "shared"
 ) -> dict[Members, dist.ProcessGroup]:
     """Return this rank's groups among ``member_lists``; equal members share one group.
 
     Collective: every rank calls it with the same lists in the same order. Members ascend. A group of
-    one rank opens no communicator, and a group of all ranks is the default group.
+    one rank opens no communicator, and a group of all ranks is the default group. A group for the
+    sends of a pipeline is shared with other pipelines alone: its stages send unequally often, which
+    torch's own check of collectives (TORCH_DISTRIBUTED_DEBUG=DETAIL) counts as ranks out of step.
     """
     registry, rank, world = _registry(), dist.get_rank(), dist.get_world_size()
     mine: dict[Members, dist.ProcessGroup] = {}
     for members in dict.fromkeys(member_lists):
-        if members not in registry.users:
-            group = _open(members, rank, world, timeout, registry.groups.get(members))
-            registry.users[members] = 0
+        key: Key = ("shared" if len(members) == 1 else use, members)
+        if key not in registry.users:
+            group = _open(key, rank, world, timeout)
+            registry.users[key] = 0
             if group is not None:
-                registry.groups[members] = group
-        registry.users[members] += 1
+                registry.groups[key] = group
+        registry.users[key] += 1
         if rank in members:
-            mine[members] = registry.groups[members]
+            mine[members] = registry.groups[key]
     return mine
 
 
-def _open(
-    members: Members, rank: int, world: int, timeout: timedelta, adopted: dist.ProcessGroup | None
-) -> dist.ProcessGroup | None:
-    if adopted is not None:
-        return adopted
-    if len(members) == world:
-        return dist.group.WORLD
-    if len(members) == 1:
+def _open(key: Key, rank: int, world: int, timeout: timedelta) -> dist.ProcessGroup | None:
+    use, members = key
+    if len(members) == 1 and world > 1:
         return open_lone(timeout) if rank in members else None
+    if len(members) == world and use == "shared":
+        return dist.group.WORLD
     # new_group is collective over the whole world, members or not.
     group = dist.new_group(list(members), timeout=timeout)
     return group if rank in members else None
 
 
-def close_groups(member_lists: Iterable[Members]) -> None:
+def close_groups(member_lists: Iterable[Members], *, use: Use = "shared") -> None:
     """Give back what ``open_groups`` returned; a group closes with its last user."""
     registry = _registry()
     for members in dict.fromkeys(member_lists):
-        registry.users[members] -= 1
-        if registry.users[members]:
+        key: Key = ("shared" if len(members) == 1 else use, members)
+        registry.users[key] -= 1
+        if registry.users[key]:
             continue
-        del registry.users[members]
-        group = registry.groups.pop(members, None)
-        if group is None or group is dist.group.WORLD or members in registry.adopted:
+        del registry.users[key]
+        group = registry.groups.pop(key, None)
+        if group is None or group is dist.group.WORLD or key in registry.adopted:
             continue
         dist.destroy_process_group(group)
 
@@ -196,13 +200,17 @@ class ProcessGroups(Mapping[str, "ProcessGroupCollection"]):
     def __init__(self, layouts: Mapping[str, Layout], timeout: timedelta) -> None:
         self.layouts = dict(layouts)
         self.timeout = timeout
-        members: list[Members] = []
+        shared: list[Members] = []
+        pipelines: list[Members] = []
         for name, layout in self.layouts.items():
-            for groups in _fields(name, layout).values():
-                members += groups
-        self._members = tuple(dict.fromkeys(members))
+            for title, groups in _fields(name, layout).items():
+                (pipelines if title == "pp" else shared).extend(groups)
+        self._members = tuple(dict.fromkeys(shared))
+        self._pipelines = tuple(dict.fromkeys(pipelines))
         self._open = open_groups(self._members, timeout=timeout)
+        self._stages = open_groups(self._pipelines, timeout=timeout, use="pipeline")
         self._collections = {name: self._collect(name) for name in self.layouts}
+        prepare_buffers()
 
     def _collect(self, name: str) -> ProcessGroupCollection:
         from megatron.core.process_groups_config import ProcessGroupCollection
@@ -210,8 +218,9 @@ class ProcessGroups(Mapping[str, "ProcessGroupCollection"]):
         rank, collection = dist.get_rank(), ProcessGroupCollection()
         for title, groups in _fields(name, self.layouts[name]).items():
             members = next((group for group in groups if rank in group), None)
+            opened = self._stages if title == "pp" else self._open
             # Megatron reads None as "not in this group".
-            setattr(collection, title, None if members is None else self._open[members])
+            setattr(collection, title, None if members is None else opened[members])
         for title in ("hcp", "gtp_remat", "expt_gtp_remat", "inter_dist_opt"):
             setattr(collection, title, None)
         return collection
@@ -235,13 +244,15 @@ class ProcessGroups(Mapping[str, "ProcessGroupCollection"]):
     def communicators(self) -> int:
         """How many communicators of its own this rank may open: groups of several ranks, not all."""
         world = dist.get_world_size()
-        return sum(1 for members in self._open if 1 < len(members) < world)
+        shared = sum(1 for members in self._open if 1 < len(members) < world)
+        return shared + sum(1 for members in self._stages if len(members) > 1)
 
     def destroy(self) -> None:
         """Give the groups back; those that no other ProcessGroups uses are destroyed."""
-        members, self._members, self._open = self._members, (), {}
-        self._collections = {}
-        close_groups(members)
+        close_groups(self._members)
+        close_groups(self._pipelines, use="pipeline")
+        self._members, self._pipelines = (), ()
+        self._open, self._stages, self._collections = {}, {}, {}
 
     def __enter__(self) -> ProcessGroups:
         return self
@@ -344,12 +355,13 @@ def _adopt(sources: Iterable[Any]) -> None:
     mine = {tuple(dist.get_process_group_ranks(group)): group for group in found}
     everyone = _union(mine)
     for members in everyone:
-        if members in registry.users:
+        key: Key = ("shared", members)
+        if key in registry.users:
             continue
         if members in mine:
-            registry.groups[members] = mine[members]
-        registry.adopted.add(members)
-        registry.users[members] = 1
+            registry.groups[key] = mine[members]
+        registry.adopted.add(key)
+        registry.users[key] = 1
 
 
 def _parallel_state_groups() -> list[dist.ProcessGroup]:

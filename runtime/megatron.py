@@ -132,6 +132,15 @@ def reduction_of(name: str, module: nn.Module) -> Reduction:
     return "mean"
 
 
+def prepare_buffers() -> None:
+    """Give Megatron the scratch buffer that its sequence parallelism takes from parallel_state, which
+    only ``initialize_model_parallel`` would otherwise make."""
+    from megatron.core import parallel_state
+
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
+
+
 def is_ddp(module: nn.Module) -> bool:
     """Whether ``module`` is wrapped in Megatron's DDP."""
     return hasattr(module, "finish_grad_sync") and hasattr(module, "scale_gradients")
@@ -200,11 +209,13 @@ def run_schedule(
 
 
 def global_tokens(tokens: torch.Tensor, collection: ProcessGroupCollection) -> torch.Tensor:
-    """The token count of the whole step, from the counts that the last stages hold."""
-    last = dist.get_process_group_ranks(collection.pp)[-1]
-    dist.broadcast(tokens, src=last, group=collection.pp)
-    dist.all_reduce(tokens, group=collection.dp_cp)
-    return tokens
+    """The token count of the whole step, on every rank: the last stages hold their replicas' counts,
+    each of its tp ranks the same one, of which the first is counted."""
+    last = collection.pp.rank() == collection.pp.size() - 1
+    counts = last and collection.tp.rank() == 0
+    total = tokens.clone() if counts else torch.zeros_like(tokens)
+    dist.all_reduce(total)
+    return total
 
 
 def finish_gradients(

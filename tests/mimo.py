@@ -13,7 +13,11 @@ from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModality
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from colocc.layout import Layout
@@ -37,6 +41,24 @@ class Encoder(MegatronModule):
         hidden = self.trunk(self.inward(x).transpose(0, 1).contiguous(), None)
         out: torch.Tensor = self.outward(hidden).transpose(0, 1).contiguous()
         return out
+
+
+class SequenceParallelNorm(torch.nn.LayerNorm):
+    """A layer norm over this tp rank's part of the sequence; Megatron's torch norm refuses to be one."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps)
+        for weight in self.parameters():
+            weight.sequence_parallel = True  # type: ignore[attr-defined]
+
+
+def sequence_parallel_block(layout: Layout, layers: int) -> TransformerBlockSubmodules:
+    spec = layer_spec(AttnMaskType.causal)
+    spec.submodules.input_layernorm = SequenceParallelNorm
+    spec.submodules.pre_mlp_layernorm = SequenceParallelNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * (layers // layout.pp), layer_norm=SequenceParallelNorm
+    )
 
 
 def layer_spec(mask: AttnMaskType) -> ModuleSpec:
@@ -83,6 +105,8 @@ def build(
     configs["language"] = config_of(
         language, 4, HIDDEN, sequence_parallel=sequence_parallel, **per
     )
+    if sequence_parallel:
+        model_parallel_cuda_manual_seed(seed, tp_rank=pg.tp.rank(), ep_rank=0, etp_rank=0)
     names = [name for name in layouts if name != "language"]
     specs = {
         name: ModuleSpec(
@@ -101,7 +125,9 @@ def build(
     }
     gpt = {
         "config": configs["language"],
-        "transformer_layer_spec": layer_spec(AttnMaskType.causal),
+        "transformer_layer_spec": sequence_parallel_block(language, 4)
+        if sequence_parallel
+        else layer_spec(AttnMaskType.causal),
         "vocab_size": VOCABULARY,
         "max_sequence_length": LENGTH,
         "pre_process": pg.pp.rank() == 0,

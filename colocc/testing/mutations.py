@@ -111,9 +111,9 @@ def _local_tokens(program: Program) -> contextlib.AbstractContextManager[Any]:
     """Each replica divides by its own token count instead of the sum over replicas."""
 
     def local(tokens: torch.Tensor, collection: Any) -> torch.Tensor:
-        last = dist.get_process_group_ranks(collection.pp)[-1]
-        dist.broadcast(tokens, src=last, group=collection.pp)
-        return tokens * collection.dp_cp.size()
+        total = tokens.clone()
+        dist.all_reduce(total, group=collection.mp)
+        return total // collection.tp.size() * collection.dp_cp.size()
 
     return mock.patch.object(megatron, "global_tokens", local)
 
