@@ -164,7 +164,10 @@ class Program:
     def _bind(self, rank: int, timeout: timedelta) -> None:
         """Open the groups of the plans, in one order on all ranks, and cut out this rank's graph."""
         if self.groups is None and megatron.is_mimo(self.model):
-            self.groups, self._owns_groups = process_groups(self.graph.layouts, timeout=timeout), True
+            self.groups, self._owns_groups = (
+                process_groups(self.graph.layouts, timeout=timeout),
+                True,
+            )
         plans = self.graph.plans
         self._members = tuple(
             dict.fromkeys(group for plan in plans.values() for group in plan.member_lists())
@@ -178,7 +181,9 @@ class Program:
             if node.name in plans:
                 found = first_type(node.meta["types"])
                 dim = found.batch if found is not None and found.batch is not None else 0
-                moves[node.name] = Redistribution(plans[node.name], opened, rank, name=node.name, dim=dim)
+                moves[node.name] = Redistribution(
+                    plans[node.name], opened, rank, name=node.name, dim=dim
+                )
         self.cut = cut(mine)
         self._encode = Executor(mine, "encode", self.model, moves, self.cut)
         self._output = mine.output()
@@ -350,7 +355,9 @@ class Program:
     def collection(self, name: str) -> ProcessGroupCollection:
         """The process groups of the module ``name``."""
         if self.groups is None:
-            raise LayoutError("this program has no Megatron process groups: it was compiled without any")
+            raise LayoutError(
+                "this program has no Megatron process groups: it was compiled without any"
+            )
         return self.groups[name]
 
     def optimizer(self, config: OptimizerConfig) -> Any:

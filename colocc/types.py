@@ -1,8 +1,8 @@
 """The type of a value: dtype, global shape, which axes shard which dim, on which layout, on which stages.
 
-    bf16[8@dp,576,4096]       a batch of 8 split over the dp axis of the value's layout
-    bf16[8*576@dp,4096]       8 samples of 576 rows each, flattened into one dim, split over dp by sample
-    ?[B@dp,...]               nothing but the batch is known before the first batch has been seen
+bf16[8@dp,576,4096]       a batch of 8 split over the dp axis of the value's layout
+bf16[8*576@dp,4096]       8 samples of 576 rows each, flattened into one dim, split over dp by sample
+?[B@dp,...]               nothing but the batch is known before the first batch has been seen
 """
 
 from __future__ import annotations

@@ -18,12 +18,7 @@ from colocc.passes.graph import Graph, first_type
 from colocc.types import Type
 
 POINTWISE = frozenset(
-    """add sub mul div truediv floordiv mod pow neg abs eq ne lt le gt ge and_ or_ xor invert not_
-    iadd isub imul itruediv radd rsub rmul where masked_fill clamp exp log sqrt rsqrt sigmoid tanh
-    relu gelu silu dropout identity to type type_as float half bfloat16 double long int bool clone contiguous
-    detach zeros_like ones_like empty_like full_like maximum minimum logical_and logical_or
-    logical_not bitwise_and bitwise_or bitwise_not isnan isinf nan_to_num sin cos erf square
-    getattr size dim shape device dtype numel""".split()
+    ["add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "invert", "not_", "iadd", "isub", "imul", "itruediv", "radd", "rsub", "rmul", "where", "masked_fill", "clamp", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "relu", "gelu", "silu", "dropout", "identity", "to", "type", "type_as", "float", "half", "bfloat16", "double", "long", "int", "bool", "clone", "contiguous", "detach", "zeros_like", "ones_like", "empty_like", "full_like", "maximum", "minimum", "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "nan_to_num", "sin", "cos", "erf", "square", "getattr", "size", "dim", "shape", "device", "dtype", "numel"]
 )
 # Operations with a dim argument that must not be the batch dim: where it stands, and its default.
 BY_DIM: dict[str, tuple[int, Any]] = {
@@ -48,10 +43,10 @@ BY_DIM: dict[str, tuple[int, Any]] = {
 }
 # Operations that move or reshape dims: the two runs at different batch sizes show where the batch went.
 SHAPING = frozenset(
-    "transpose permute movedim unsqueeze squeeze stack expand expand_as t swapaxes".split()
+    ["transpose", "permute", "movedim", "unsqueeze", "squeeze", "stack", "expand", "expand_as", "t", "swapaxes"]
 )
-FLATTENING = frozenset("reshape view flatten unflatten".split())
-LAST_DIM = frozenset("linear layer_norm rms_norm embedding normalize".split())
+FLATTENING = frozenset(["reshape", "view", "flatten", "unflatten"])
+LAST_DIM = frozenset(["linear", "layer_norm", "rms_norm", "embedding", "normalize"])
 
 
 def check_glue(graph: Graph) -> None:

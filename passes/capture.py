@@ -77,9 +77,7 @@ def capture(
     return Graph(graph, type(model).__name__, dict(layouts), targets)
 
 
-def find_targets(
-    model: nn.Module, layouts: Mapping[str, Layout], traits: Traits
-) -> dict[str, str]:
+def find_targets(model: nn.Module, layouts: Mapping[str, Layout], traits: Traits) -> dict[str, str]:
     """The submodule path of each name in ``layouts``: a path itself, or a name the traits know."""
     paths = {path for path, _ in model.named_modules() if path}
     targets = {}
@@ -93,7 +91,9 @@ def find_targets(
             )
         targets[name] = path
     for name, path in targets.items():
-        inside = [n for n, p in targets.items() if p.startswith(path + ".") or (p == path and n != name)]
+        inside = [
+            n for n, p in targets.items() if p.startswith(path + ".") or (p == path and n != name)
+        ]
         if inside:
             raise LayoutError(
                 f"layouts names both {name!r} ({path}) and {inside[0]!r} ({targets[inside[0]]}), which "

@@ -140,12 +140,16 @@ def _plan_lines(graph: Graph, node: fx.Node) -> list[str]:
             rows.append([title, "as it is", "0 B", "local"])
         for step in steps:
             moved = max(received) if step.groups else 0
-            rows.append([title, _step(step, title, plan), _bytes(moved, plan, source), _groups(step)])
+            rows.append(
+                [title, _step(step, title, plan), _bytes(moved, plan, source), _groups(step)]
+            )
         above = sum(received) - sum(plan.bound()[title == "bwd"])
         if above:
             rows.append([title, f"above the bound by {above} of {plan.units} units", "", ""])
     if plan.scale != 1:
-        reductions = {n: graph.reductions.get(n, "mean") for n in (plan.src.module, plan.dst.module)}
+        reductions = {
+            n: graph.reductions.get(n, "mean") for n in (plan.src.module, plan.dst.module)
+        }
         why = ", ".join(f"{n} takes the {how}" for n, how in reductions.items())
         rows.append(["bwd", f"scale x{plan.scale}", "", f"{why} over dp"])
     lines += _table(rows, indent="+   ")
@@ -230,8 +234,10 @@ def excerpt(graph: Graph, node: fx.Node, around: int = 4) -> str:
     for other in nodes[max(0, place - around) : place + around + 1]:
         shown = _leaves(other.meta.get("types"))
         typed = " ".join(part for part in _typed(other, shown) if part)
-        body = f"return {_value(other.args[0])}" if other.op == "output" else (
-            f"%{other.name}  {typed}  {_call(graph, other)}"
+        body = (
+            f"return {_value(other.args[0])}"
+            if other.op == "output"
+            else (f"%{other.name}  {typed}  {_call(graph, other)}")
         )
         lines.append(f"  {'> ' if other is node else '  '}{body}{'   <-- here' * (other is node)}")
     return "\n".join(lines) + "\n"
@@ -253,8 +259,9 @@ def dot(graph: Graph) -> str:
     lines = ["digraph mimo {", "  rankdir=LR; node [shape=box, style=rounded];"]
     for index, (name, layout) in enumerate(graph.layouts.items()):
         members = "; ".join(
-            n.name for n in graph.fx.nodes if n.meta["module"] == name and n.name not in graph.plans
-            and n.op != "output"
+            n.name
+            for n in graph.fx.nodes
+            if n.meta["module"] == name and n.name not in graph.plans and n.op != "output"
         )
         lines.append(f'  subgraph cluster_{index} {{ label="{name}   {layout}"; {members}; }}')
     for node in graph.fx.nodes:
@@ -263,5 +270,7 @@ def dot(graph: Graph) -> str:
             label = f"{plan.kind}\\n{plan.where}"
             lines.append(f'  {node.name} [style=filled, fillcolor="#ffd9a0", label="{label}"];')
         for source in node.all_input_nodes if node.op != "output" else []:
-            lines.append(f'  {source.name} -> {node.name} [label="{first_type(source.meta["types"])}"];')
+            lines.append(
+                f'  {source.name} -> {node.name} [label="{first_type(source.meta["types"])}"];'
+            )
     return "\n".join([*lines, "}"]) + "\n"

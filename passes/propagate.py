@@ -62,7 +62,9 @@ def find_sink(graph: Graph) -> str:
         feeding |= {graph.module_of(n) for n in _ancestors(node)} - {None, name}
     last = [name for name, _ in calls if name is not None and name not in feeding]
     if not last:
-        raise CaptureError(f"{graph.name}.forward calls its modules in a circle: {sorted(feeding, key=str)}")
+        raise CaptureError(
+            f"{graph.name}.forward calls its modules in a circle: {sorted(feeding, key=str)}"
+        )
     return max(last, key=lambda name: (graph.layouts[name].pp, last.index(name)))
 
 

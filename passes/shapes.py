@@ -43,7 +43,9 @@ def batch_size_of(example_inputs: Mapping[str, Any], batch_dims: Mapping[str, in
     return sizes[first]
 
 
-def tensors_of(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], torch.Tensor]]:
+def tensors_of(
+    value: Any, path: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], torch.Tensor]]:
     """All tensors in nested mappings, with their paths."""
     if isinstance(value, torch.Tensor):
         return [(path, value)]

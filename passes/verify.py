@@ -42,7 +42,9 @@ def verify(graph: Graph, *, after: str) -> None:
 
 def _fail(graph: Graph, node: fx.Node | None, problem: str) -> VerifyError:
     lines = excerpt(graph, node) if node is not None else ""
-    return VerifyError(f"{problem}\n{lines}This is a bug in colocc: please report it with the dump.")
+    return VerifyError(
+        f"{problem}\n{lines}This is a bug in colocc: please report it with the dump."
+    )
 
 
 def _check_always(graph: Graph) -> None:
@@ -68,7 +70,9 @@ def _check_types(graph: Graph) -> None:
             continue
         for leaf in pytree.tree_leaves(node.meta["types"]):
             if isinstance(leaf, Type) and leaf.layout != graph.layouts[module]:
-                raise _fail(graph, node, f"{node.name} runs on {module}, its type is on {leaf.module}")
+                raise _fail(
+                    graph, node, f"{node.name} runs on {module}, its type is on {leaf.module}"
+                )
 
 
 def _check_edges(graph: Graph) -> None:
@@ -103,7 +107,9 @@ def _check_plan(graph: Graph, node: fx.Node) -> None:
     plan, source = graph.plans[node.name], node.all_input_nodes[0]
     ends = (source.meta["module"], node.meta["module"])
     if (plan.src.module, plan.dst.module) != ends:
-        raise _fail(graph, node, f"the plan of {node.name} goes {plan.src.module} -> {plan.dst.module}")
+        raise _fail(
+            graph, node, f"the plan of {node.name} goes {plan.src.module} -> {plan.dst.module}"
+        )
     if (plan.src.layout, plan.dst.layout) != tuple(graph.layouts[name] for name in ends):
         raise _fail(graph, node, f"the plan of {node.name} was solved for other layouts")
     try:

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
@@ -120,7 +121,8 @@ def enable() -> None:
     with _lock:
         if _users == 0:
             for owner, name, replacement in _replacements():
-                _replaced.append((owner, name, getattr(owner, name)))
+                # getattr would bind, and restore something else.
+                _replaced.append((owner, name, vars(owner)[name]))
                 setattr(owner, name, replacement)
             _rng_log.addFilter(_one_generator)
         _users += 1
@@ -207,6 +209,8 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (cuda.random, "set_rng_state", _set_state),
         (megatron_random, "_get_cuda_rng_state", _get_state),
         (megatron_random, "_set_cuda_rng_state", _set_state),
+        (dist.ProcessGroup, "reduce_scatter_tensor_coalesced", _reduce_scatter_each),
+        (dist.ProcessGroup, "allgather_into_tensor_coalesced", _all_gather_each),
         (torch.autograd, "_engine_run_backward", _in_mode(_engine_run_backward)),
     ]
     found += [(cuda, name, _answers(None)) for name in ("synchronize", "empty_cache", "set_device")]
@@ -217,6 +221,33 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         for name in ("init_process_group", "new_group", "new_subgroups_by_enumeration")
     ]
     return found
+
+
+class _Works:
+    """Several pending collectives, awaited as one."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self.works = works
+
+    def wait(self) -> bool:
+        return all([work.wait() for work in self.works])
+
+
+# The distributed optimizer's collectives, which gloo lacks under TORCH_DISTRIBUTED_DEBUG=DETAIL.
+def _reduce_scatter_each(
+    group: Any, outputs: list[torch.Tensor], inputs: list[torch.Tensor], options: Any = None
+) -> _Works:
+    options = options or ReduceScatterOptions()
+    pairs = zip(outputs, inputs, strict=True)
+    return _Works([group._reduce_scatter_base(out, given, options) for out, given in pairs])
+
+
+def _all_gather_each(
+    group: Any, outputs: list[torch.Tensor], inputs: list[torch.Tensor], options: Any = None
+) -> _Works:
+    options = options or AllgatherOptions()
+    pairs = zip(outputs, inputs, strict=True)
+    return _Works([group._allgather_base(out, given, options) for out, given in pairs])
 
 
 def _in_mode(engine: Callable[..., Any]) -> Callable[..., Any]:

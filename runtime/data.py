@@ -53,8 +53,11 @@ class Batches:
     def encoder_input(self, node: fx.Node) -> Any:
         """The samples of an encoder's input that this rank encodes, for the whole step."""
         runs = sample_runs(
-            holding_of(self.graph, node.meta["module"]), self.sink.dp, len(self.microbatches),
-            self.size, self.rank,
+            holding_of(self.graph, node.meta["module"]),
+            self.sink.dp,
+            len(self.microbatches),
+            self.size,
+            self.rank,
         )
         parts = [self._cut(node, mb, start, stop) for mb, start, stop in runs]
         if len(parts) == 1:
@@ -130,9 +133,13 @@ def check_batches(
 ) -> int:
     """The samples of one global microbatch. Raises: LayoutError for a missing, unknown or odd input."""
     paths = {node.meta["path"] for node in graph.placeholders()}
-    known = {path[0] for path in paths}
     sizes: dict[int, tuple[str, int]] = {}
     for index, batch in enumerate(microbatches):
+        if not isinstance(batch, Mapping):
+            raise LayoutError(
+                f"microbatch {index} is a {type(batch).__name__}: give a dict of the arguments of "
+                f"{graph.name}.forward"
+            )
         for path in sorted(paths):
             if lookup(batch, path) is None and path[0] not in optional:
                 have = ", ".join(map(str, batch))
@@ -140,17 +147,34 @@ def check_batches(
                     f"microbatch {index} lacks the input {'.'.join(path)}, which {graph.name}.forward "
                     f"reads; it has {have}"
                 )
+        _check_known(graph, index, batch, paths)
         for name, value in batch.items():
-            if name not in known and value is not None:
-                raise LayoutError(
-                    f"microbatch {index} has {name!r}, which {graph.name}.forward does not read; it "
-                    f"reads {', '.join(sorted(known))}. Leave it out, so that nothing is dropped unseen."
-                )
             _check_size(index, name, value, batch_dims.get(name, 0), sizes)
     first = next(iter(sizes.values()), None)
     if first is None:
         raise LayoutError("the batch holds no tensor")
     return first[1]
+
+
+def _check_known(
+    graph: Graph, index: int, batch: Mapping[str, Any], paths: set[tuple[str, ...]]
+) -> None:
+    """Raise LayoutError for a part of the batch that no placeholder reads, at any depth."""
+    todo: list[tuple[tuple[str, ...], Any]] = [((str(key),), batch[key]) for key in batch]
+    while todo:
+        path, value = todo.pop(0)
+        reads = any(path[: len(known)] == known for known in paths)
+        holds = any(known[: len(path)] == path for known in paths)
+        if value is None or reads:
+            continue
+        if holds and isinstance(value, Mapping):
+            todo += [((*path, str(key)), value[key]) for key in value]
+            continue
+        known = ", ".join(".".join(path) for path in sorted(paths))
+        raise LayoutError(
+            f"microbatch {index} has {'.'.join(path)!r}, which {graph.name}.forward does not read; it "
+            f"reads {known}. Leave it out, so that nothing is dropped unseen."
+        )
 
 
 def _check_size(

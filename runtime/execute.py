@@ -29,7 +29,9 @@ class Executor:
     ) -> None:
         self.model, self.redistributions = model, redistributions
         self.nodes = [
-            n for n in graph.fx.nodes if n.meta["phase"] == phase and n.op not in ("placeholder", "output")
+            n
+            for n in graph.fx.nodes
+            if n.meta["phase"] == phase and n.op not in ("placeholder", "output")
         ]
         self.results = results
         last: dict[fx.Node, fx.Node] = {}

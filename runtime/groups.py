@@ -238,7 +238,9 @@ class ProcessGroups(Mapping[str, "ProcessGroupCollection"]):
         """The open group of exactly these ranks. Raises: LayoutError if none is open here."""
         members = tuple(sorted(ranks))
         if members not in self._open:
-            raise LayoutError(f"no group of ranks {list(members)} is open on rank {dist.get_rank()}")
+            raise LayoutError(
+                f"no group of ranks {list(members)} is open on rank {dist.get_rank()}"
+            )
         return self._open[members]
 
     def communicators(self) -> int:
@@ -321,7 +323,9 @@ def as_layout(name: str, layout: Any) -> Layout:
 def check_world(layouts: Mapping[str, Layout], world: int | None) -> int:
     """The number of ranks. Raises: LayoutError unless it is the product of every layout's axes."""
     if not layouts:
-        raise LayoutError("no layouts: give one for each module, such as {'language': Layout(tp=2)}")
+        raise LayoutError(
+            "no layouts: give one for each module, such as {'language': Layout(tp=2)}"
+        )
     first = next(iter(layouts))
     for name, layout in layouts.items():
         product = "*".join(str(size) for size in layout.sizes.values())

@@ -54,7 +54,8 @@ def traits_of(model: nn.Module, example_inputs: Mapping[str, Any] | None) -> Tra
         name: shapes.encoded(name) for name in names
     }
     return Traits(
-        targets={name: f"modality_submodules.{name}" for name in names} | {LANGUAGE: "language_model"},
+        targets={name: f"modality_submodules.{name}" for name in names}
+        | {LANGUAGE: "language_model"},
         glue=tuple(glue),
         inputs=_INPUTS,
         nested={"modality_inputs": names},
@@ -69,7 +70,9 @@ class _Shapes:
 
     def __init__(self, model: Any, example_inputs: Mapping[str, Any]) -> None:
         config = unwrapped(model.language_model).config
-        dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else config.params_dtype
+        dtype = (
+            torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else config.params_dtype
+        )
         self.dtype = DTYPES[str(dtype).removeprefix("torch.")]
         self.hidden = config.hidden_size
         self.tokens = {}
@@ -106,7 +109,12 @@ class _Shapes:
 
     def sharded(self, arguments: Mapping[str, Any], layout: Layout) -> Any:
         length, batch, hidden = arguments["embeddings"].shape
-        return ((self.dtype, (length, batch, hidden)), arguments["labels"], arguments["loss_mask"], None)
+        return (
+            (self.dtype, (length, batch, hidden)),
+            arguments["labels"],
+            arguments["loss_mask"],
+            None,
+        )
 
     def language(self, arguments: Mapping[str, Any], layout: Layout) -> Any:
         labels = arguments.get("labels")

@@ -10,10 +10,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -34,7 +34,9 @@ class Encoder(MegatronModule):
     def __init__(self, config: TransformerConfig, groups: Any) -> None:
         super().__init__(config)
         self.inward = torch.nn.Linear(FEATURES, ENCODER_HIDDEN, dtype=config.params_dtype)
-        self.trunk = TransformerBlock(config, layer_spec(AttnMaskType.no_mask), pg_collection=groups)
+        self.trunk = TransformerBlock(
+            config, layer_spec(AttnMaskType.no_mask), pg_collection=groups
+        )
         self.outward = torch.nn.Linear(ENCODER_HIDDEN, HIDDEN, dtype=config.params_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,9 +104,7 @@ def build(
     language, pg = layouts["language"], groups["language"]
     per = {"calculate_per_token_loss": per_token}
     configs = {n: config_of(at, 2, ENCODER_HIDDEN, **per) for n, at in layouts.items()}
-    configs["language"] = config_of(
-        language, 4, HIDDEN, sequence_parallel=sequence_parallel, **per
-    )
+    configs["language"] = config_of(language, 4, HIDDEN, sequence_parallel=sequence_parallel, **per)
     if sequence_parallel:
         model_parallel_cuda_manual_seed(seed, tp_rank=pg.tp.rank(), ep_rank=0, etp_rank=0)
     names = [name for name in layouts if name != "language"]

@@ -1,8 +1,8 @@
 """Bugs on purpose, each one that a peer has shipped: a suite must turn red under every one.
 
-    for name in MUTATIONS:
-        with mutated(program, name), pytest.raises(AssertionError):
-            check(program)
+for name in MUTATIONS:
+    with mutated(program, name), pytest.raises(AssertionError):
+        check(program)
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def _zero_pad_adjoint(program: Program) -> contextlib.AbstractContextManager[Any
     own autograd would."""
     original = Redistribution.move
 
-    def padded(self: Redistribution, steps: list[Any], value: torch.Tensor, rows: int) -> torch.Tensor:
+    def padded(
+        self: Redistribution, steps: list[Any], value: torch.Tensor, rows: int
+    ) -> torch.Tensor:
         moved = original(self, steps, value, rows)
         if steps is not self.backward_steps:
             return moved

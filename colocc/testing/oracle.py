@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from colocc.runtime.megatron import unwrapped
-from colocc.testing.names import full_gradients, gradient_of, global_names
+from colocc.testing.names import full_gradients, global_names, gradient_of
 
 if TYPE_CHECKING:
     from colocc.compile import Program
@@ -165,7 +165,9 @@ def compare(
     worst: dict[str, float] = {}
     problems: list[str] = []
     seen = {name for run in runs for name in run.gradients}
-    problems += [f"no rank has a gradient of {n}" for n in sorted(reference.gradients.keys() - seen)]
+    problems += [
+        f"no rank has a gradient of {n}" for n in sorted(reference.gradients.keys() - seen)
+    ]
     problems += [f"unexpected gradient of {n}" for n in sorted(seen - reference.gradients.keys())]
     for rank, run in enumerate(runs):
         errors = {
@@ -184,7 +186,9 @@ def compare(
                 problems.append(f"rank {rank}: {name} is off by {error:.2e}")
     if problems:
         shown = "\n  ".join(problems[:12])
-        raise AssertionError(f"{len(problems)} of a run's values differ from the oracle:\n  {shown}")
+        raise AssertionError(
+            f"{len(problems)} of a run's values differ from the oracle:\n  {shown}"
+        )
     return worst
 
 
@@ -194,4 +198,3 @@ def _error(value: torch.Tensor, reference: torch.Tensor, noise: float) -> float:
     if reference.double().norm() <= noise * reference.numel() ** 0.5:
         return float(value.double().norm())
     return relative_l2(value, reference)
-

@@ -49,7 +49,9 @@ def _check_slots(plan: Plan) -> None:
         lengths.add(len(units))
         seen += units
     if sorted(seen) != list(range(plan.units)):
-        raise VerifyError(f"the slots hold units {sorted(seen)}, the step has 0 to {plan.units - 1}")
+        raise VerifyError(
+            f"the slots hold units {sorted(seen)}, the step has 0 to {plan.units - 1}"
+        )
     if len(plan.src.slots) != plan.src.layout.dp or len(lengths) != 1:
         raise VerifyError(f"{plan.src.layout.dp} equal slots wanted, their lengths are {lengths}")
 

@@ -232,9 +232,7 @@ def test_tied_embeddings(processes: ProcessPool, reference: Oracle) -> None:
 def test_sequence_parallel_language(processes: ProcessPool) -> None:
     layouts = layouts_of((2, 4), (2, 2, 2), ORDERS[0])
     plain = processes.run(8, partial(steps_on_rank, layouts=layouts, counts=(2,), options={}))
-    work = partial(
-        steps_on_rank, layouts=layouts, counts=(2,), options={"sequence_parallel": True}
-    )
+    work = partial(steps_on_rank, layouts=layouts, counts=(2,), options={"sequence_parallel": True})
     for one, other in zip(plain, processes.run(8, work), strict=True):
         for name, gradient in one[0].gradients.items():
             assert relative_l2(other[0].gradients[name], gradient) < 1e-5, name
@@ -308,7 +306,9 @@ def trained_on_rank(_: int, layouts: dict[str, Layout], how: str) -> tuple[Any, 
 
 
 def _mean_losses(ranks: list[Any], language: Layout) -> list[float]:
-    leaders = {int(language.coordinates("dp")[r]): log[2] for r, log in enumerate(ranks) if log[2][0]}
+    leaders = {
+        int(language.coordinates("dp")[r]): log[2] for r, log in enumerate(ranks) if log[2][0]
+    }
     steps = zip(*leaders.values(), strict=True)
     return [
         sum(total for log in step for total, _ in log) / sum(n for log in step for _, n in log)
@@ -319,7 +319,9 @@ def _mean_losses(ranks: list[Any], language: Layout) -> list[float]:
 @pytest.mark.parametrize("how", ["sgd", "adam"])
 def test_training_through_the_optimizer(processes: ProcessPool, how: str) -> None:
     layouts = layouts_of((2, 4), (2, 2, 2), ORDERS[0])
-    (before, after, _), = single = processes.run(1, partial(trained_on_rank, layouts=ONE, how=how))
+    ((before, after, _),) = single = processes.run(
+        1, partial(trained_on_rank, layouts=ONE, how=how)
+    )
     ranks = processes.run(8, partial(trained_on_rank, layouts=layouts, how=how))
     wanted = _mean_losses(single, ONE["language"])
     assert _mean_losses(ranks, layouts["language"]) == pytest.approx(wanted, rel=1e-4)
