@@ -1,14 +1,13 @@
 """Cut a global batch into what this rank reads, for each module's layout.
 
 A step has M microbatches of B samples. The sink's replica d reads samples d*b to (d+1)*b of every
-microbatch, b = B / dp. An encoder's slots hold parts of the step in the order of the sink's replicas,
-microbatch by microbatch: position p is sample ``p % (M*b)`` of replica ``p // (M*b)``.
+microbatch, b = B / dp. An encoder's slots hold parts of the step in the order of the sink's
+replicas, microbatch by microbatch: position p is sample ``p % (M*b)`` of replica ``p // (M*b)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,15 +24,8 @@ Run = tuple[int, int, int]
 """Neighbouring samples of one microbatch: (microbatch, start, stop)."""
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Which samples one rank reads for one module: ``runs``, in the order in which they lie."""
-
-    runs: tuple[Run, ...]
-
-
 class Batches:
-    """The microbatches of one step, the same on every rank, and the samples that this rank reads."""
+    """The microbatches of one step, alike on every rank, and the samples that this rank reads."""
 
     def __init__(
         self,
@@ -131,7 +123,10 @@ def check_batches(
     batch_dims: Mapping[str, int],
     optional: frozenset[str],
 ) -> int:
-    """The samples of one global microbatch. Raises: LayoutError for a missing, unknown or odd input."""
+    """The samples of one global microbatch.
+
+    Raises: LayoutError for a missing, unknown or odd input.
+    """
     paths = {node.meta["path"] for node in graph.placeholders()}
     sizes: dict[int, tuple[str, int]] = {}
     for index, batch in enumerate(microbatches):
@@ -144,8 +139,8 @@ def check_batches(
             if lookup(batch, path) is None and path[0] not in optional:
                 have = ", ".join(map(str, batch))
                 raise LayoutError(
-                    f"microbatch {index} lacks the input {'.'.join(path)}, which {graph.name}.forward "
-                    f"reads; it has {have}"
+                    f"microbatch {index} lacks the input {'.'.join(path)}, which "
+                    f"{graph.name}.forward reads; it has {have}"
                 )
         _check_known(graph, index, batch, paths)
         for name, value in batch.items():
@@ -172,8 +167,8 @@ def _check_known(
             continue
         known = ", ".join(".".join(path) for path in sorted(paths))
         raise LayoutError(
-            f"microbatch {index} has {'.'.join(path)!r}, which {graph.name}.forward does not read; it "
-            f"reads {known}. Leave it out, so that nothing is dropped unseen."
+            f"microbatch {index} has {'.'.join(path)!r}, which {graph.name}.forward does not read; "
+            f"it reads {known}. Leave it out, so that nothing is dropped unseen."
         )
 
 
@@ -187,9 +182,9 @@ def _check_size(
         first = sizes.setdefault(0, here)
         if first[1] != here[1]:
             raise LayoutError(
-                f"{here[0]} has {here[1]} samples in dim {dim}, {first[0]} has {first[1]}: all inputs of "
-                "all microbatches hold the same number of samples. If another dim holds them, give "
-                f"compile() batch_dims={{{name!r}: ...}}"
+                f"{here[0]} has {here[1]} samples in dim {dim}, {first[0]} has {first[1]}: all "
+                "inputs of all microbatches hold the same number of samples. If another dim "
+                f"holds them, give compile() batch_dims={{{name!r}: ...}}"
             )
 
 
@@ -198,17 +193,19 @@ def check_divides(graph: Graph, microbatches: int, size: int) -> None:
     sink = graph.layouts[graph.sink]
     if size % sink.dp:
         raise LayoutError(
-            f"a global microbatch has {size} samples, {graph.sink} ({sink}) has {sink.dp} dp replicas: "
-            f"{size} % {sink.dp} = {size % sink.dp}. Give it a multiple of {sink.dp} samples."
+            f"a global microbatch has {size} samples, {graph.sink} ({sink}) has {sink.dp} dp "
+            f"replicas: {size} % {sink.dp} = {size % sink.dp}. Give it a multiple of {sink.dp} "
+            "samples."
         )
     for name, layout in graph.layouts.items():
         holding = holding_of(graph, name)
         units = sum(stop - start for slot in holding.slots for start, stop in slot)
         total, replica = microbatches * size, units // sink.dp
         if (total // sink.dp) % replica:
+            share = total // sink.dp
             raise LayoutError(
-                f"a step of {microbatches} microbatches of {size} = {total} samples gives each of the "
-                f"{sink.dp} replicas of {graph.sink} {total // sink.dp}, which {name} ({layout}) must cut "
-                f"into {replica} equal parts: {total // sink.dp} % {replica} = "
-                f"{total // sink.dp % replica}. Make the step a multiple of {units} samples."
+                f"a step of {microbatches} microbatches of {size} = {total} samples gives each of "
+                f"the {sink.dp} replicas of {graph.sink} {share}, which {name} ({layout}) must cut "
+                f"into {replica} equal parts: {share} % {replica} = {share % replica}. "
+                f"Make the step a multiple of {units} samples."
             )
