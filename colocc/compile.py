@@ -59,11 +59,13 @@ def compile(
 ) -> Program:
     """Return the program that trains ``model`` with each module on its own layout.
 
-    ``layouts`` names modules by submodule path, or by MIMO name for Megatron's MimoModel. ``groups`` are
-    those that the model was built with; without them, equal ones are shared or opened.
-    ``example_inputs`` is one global batch (tensors on any device, or meta): with it the page shows sizes
-    and bytes; a MimoModel needs none. ``batch_dims`` names the dim that holds the samples where it is
-    not 0. ``reductions`` overrides how a module's gradients are reduced over its dp axis.
+    ``layouts`` names modules by submodule path, or by MIMO name for Megatron's MimoModel.
+    ``groups`` are those that the model was built with; without them, equal ones are shared or
+    opened.
+    ``example_inputs`` is one global batch (tensors on any device, or meta): with it the page shows
+    sizes and bytes; a MimoModel needs none. ``batch_dims`` names the dim that holds the samples
+    where it is not 0. ``reductions`` overrides how a module's gradients are reduced over its dp
+    axis.
 
     Collective. Without an initialised torch.distributed the program can be printed, not run.
 
@@ -137,8 +139,8 @@ def _dump(graph: Graph, after: str, rank: int | None = None) -> None:
 class Program:
     """A compiled model. ``print(program)`` is its page; ``program(**batch)`` its forward at pp = 1.
 
-    A batch is a dict of the forward's arguments, global and the same on every rank: the program cuts out
-    what this rank reads. ``samples`` says which samples that is.
+    A batch is a dict of the forward's arguments, global and the same on every rank: the program
+    cuts out what this rank reads. ``samples`` says which samples that is.
     """
 
     def __init__(
@@ -162,7 +164,8 @@ class Program:
             self._bind(self.rank, timeout)
 
     def _bind(self, rank: int, timeout: timedelta) -> None:
-        """Open the groups of the plans, in one order on all ranks, and cut out this rank's graph."""
+        """Open the groups of the plans, in one order on all ranks, and cut out this rank's
+        graph."""
         if self.groups is None and megatron.is_mimo(self.model):
             self.groups, self._owns_groups = (
                 process_groups(self.graph.layouts, timeout=timeout),
@@ -193,7 +196,8 @@ class Program:
         return page(self.graph)
 
     def ranks(self, name: str) -> str:
-        """Which part of the samples each rank holds before and after the redistribution ``name``."""
+        """Which part of the samples each rank holds before and after the redistribution
+        ``name``."""
         return ranks(self.graph, name)
 
     def dot(self) -> str:
@@ -223,7 +227,8 @@ class Program:
         }
 
     def encode(self, batches: Batches) -> list[Any]:
-        """Phase 1: the values that cross to the language phase, for the samples of the whole step."""
+        """Phase 1: the values that cross to the language phase, for the samples of the whole
+        step."""
         values = {
             node: batches.encoder_input(node)
             for node in self._mine.placeholders()
@@ -232,7 +237,8 @@ class Program:
         return self._encode(values)
 
     def language(self, batches: Batches, microbatch: int, crossing: list[Any]) -> Any:
-        """One microbatch through this rank's part of the language phase; what the forward returns."""
+        """One microbatch through this rank's part of the language phase; what the forward
+        returns."""
         values = {
             node: batches.sink_input(node, microbatch)
             for node in self._mine.placeholders()
@@ -245,7 +251,8 @@ class Program:
     def __call__(self, **batch: Any) -> Any:
         """Return what the model's forward returns for this rank's replica of ``batch``.
 
-        Raises: LayoutError if the language module is pipelined, or the batch lacks or adds an input.
+        Raises: LayoutError if the language module is pipelined, or the batch lacks or adds an
+        input.
         """
         layout = self.graph.layouts[self.graph.sink]
         if layout.pp > 1:
@@ -270,8 +277,8 @@ class Program:
         """Run forward and backward of one training step and finalise its gradients.
 
         Takes ``num_microbatches`` global microbatches from ``batches``. ``loss_func`` gets what the
-        model's forward returns and follows Megatron's contract: it returns (loss sum, tokens, log), or
-        (loss, log). Returns the logs on the last stage, [] elsewhere.
+        model's forward returns and follows Megatron's contract: it returns (loss sum, tokens, log),
+        or (loss, log). Returns the logs on the last stage, [] elsewhere.
 
         Raises: LayoutError, before any collective, for batches that cannot be cut or modules that
         nothing would reduce.
@@ -280,7 +287,8 @@ class Program:
         try:
             if not megatron.is_mimo(self.model):
                 raise LayoutError(
-                    f"forward_backward runs Megatron's schedules, {type(self.model).__name__} is no "
+                    f"forward_backward runs Megatron's schedules, {type(self.model).__name__} is "
+                    "no "
                     "MimoModel: call program(**batch) and loss.backward()"
                 )
             taken = self._take(batches, num_microbatches)
@@ -333,7 +341,8 @@ class Program:
         return Batches(self.graph, microbatches, self.rank, self.batch_dims, self._optional)
 
     def _agree_once(self, batches: Batches | None, error: LayoutError | None) -> None:
-        """The first batch is compared across ranks: a rank with another batch is named, not waited for."""
+        """The first batch is compared across ranks: a rank with another batch is named, not waited
+        for."""
         if self._agreed or self.rank is None:
             if error is not None:
                 raise error
@@ -343,7 +352,8 @@ class Program:
         self._agreed = True
 
     def trainable(self) -> dict[str, nn.Module]:
-        """The modules of the layouts with a parameter that requires grad, in the order of the layouts."""
+        """The modules of the layouts with a parameter that requires grad, in the order of the
+        layouts."""
         modules = {n: self.model.get_submodule(path) for n, path in self.graph.targets.items()}
         return {n: m for n, m in modules.items() if any(p.requires_grad for p in m.parameters())}
 
@@ -361,7 +371,8 @@ class Program:
         return self.groups[name]
 
     def optimizer(self, config: OptimizerConfig) -> Any:
-        """Megatron's MimoOptimizer over the modules, each on its own groups; frozen ones are left out."""
+        """Megatron's MimoOptimizer over the modules, each on its own groups; frozen ones are left
+        out."""
         if self.groups is None:
             raise LayoutError("optimizer() needs Megatron process groups: give compile() groups=")
         modules = {n: self.model.get_submodule(path) for n, path in self.graph.targets.items()}

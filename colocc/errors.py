@@ -2,7 +2,8 @@
 
 
 class LayoutError(ValueError):
-    """The user's layouts, groups or batch do not fit together; the message says what to write instead."""
+    """The user's layouts, groups or batch do not fit together; the message says what to write
+    instead."""
 
 
 class CaptureError(RuntimeError):
@@ -10,4 +11,5 @@ class CaptureError(RuntimeError):
 
 
 class VerifyError(AssertionError):
-    """A graph or a plan breaks a promise of the compiler: a bug in colocc, not in the user's code."""
+    """A graph or a plan breaks a promise of the compiler: a bug in colocc, not in the user's
+    code."""

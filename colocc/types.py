@@ -1,8 +1,9 @@
-"""The type of a value: dtype, global shape, which axes shard which dim, on which layout, on which stages.
+"""The type of a value: dtype, global shape, which axes shard which dim, on which layout, on which
+stages.
 
 bf16[8@dp,576,4096]       a batch of 8 split over the dp axis of the value's layout
-bf16[8*576@dp,4096]       8 samples of 576 rows each, flattened into one dim, split over dp by sample
-?[B@dp,...]               nothing but the batch is known before the first batch has been seen
+bf16[8*576@dp,4096]       8 samples of 576 rows each, flattened into one dim, split over dp by
+sample ?[B@dp,...]               nothing but the batch is known before the first batch has been seen
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ UNKNOWN = "?"
 class Dim:
     """One dim of a global shape: ``samples * rows`` long, split over ``axes`` (fastest first).
 
-    ``samples`` is 1 for a dim that holds no samples. A batch dim of unknown length has ``samples`` 0.
+    ``samples`` is 1 for a dim that holds no samples. A batch dim of unknown length has ``samples``
+    0.
     """
 
     samples: int = 1

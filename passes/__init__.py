@@ -23,7 +23,8 @@ Pass = Callable[..., Graph]
 Between = Callable[[Graph, str], None]
 
 PIPELINE: tuple[Pass, ...] = (propagate, redistribute, phases)
-"""The passes between capture, which makes the graph, and specialize, which cuts out one rank's part."""
+"""The passes between capture, which makes the graph, and specialize, which cuts out one rank's
+part."""
 
 
 def run(
@@ -36,7 +37,8 @@ def run(
     batch_dims: Mapping[str, int] | None = None,
     between: Sequence[Between] = (),
 ) -> Graph:
-    """Return the graph of all ranks. ``between`` is called with it after each pass, once verified."""
+    """Return the graph of all ranks. ``between`` is called with it after each pass, once
+    verified."""
     known: dict[str, Any] = {"example_inputs": example_inputs, "traits": traits}
     options: dict[Pass, dict[str, Any]] = {
         propagate: {"model": model, "batch_dims": batch_dims, **known}

@@ -1,8 +1,9 @@
 """Does glue keep samples apart?
 
-On each rank glue sees only some of the batch, so row i of its result may depend on row i of its arguments
-alone. Operations that work element by element always do; those that name dims do unless they name the
-batch dim; anything else is refused, with the remedy, because a wrong answer would be silent.
+On each rank glue sees only some of the batch, so row i of its result may depend on row i of its
+arguments alone. Operations that work element by element always do; those that name dims do unless
+they name the batch dim; anything else is refused, with the remedy, because a wrong answer would be
+silent.
 """
 
 from __future__ import annotations
@@ -18,7 +19,89 @@ from colocc.passes.graph import Graph, first_type
 from colocc.types import Type
 
 POINTWISE = frozenset(
-    ["add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "invert", "not_", "iadd", "isub", "imul", "itruediv", "radd", "rsub", "rmul", "where", "masked_fill", "clamp", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "relu", "gelu", "silu", "dropout", "identity", "to", "type", "type_as", "float", "half", "bfloat16", "double", "long", "int", "bool", "clone", "contiguous", "detach", "zeros_like", "ones_like", "empty_like", "full_like", "maximum", "minimum", "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "nan_to_num", "sin", "cos", "erf", "square", "getattr", "size", "dim", "shape", "device", "dtype", "numel"]
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "neg",
+        "abs",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "and_",
+        "or_",
+        "xor",
+        "invert",
+        "not_",
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "radd",
+        "rsub",
+        "rmul",
+        "where",
+        "masked_fill",
+        "clamp",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "sigmoid",
+        "tanh",
+        "relu",
+        "gelu",
+        "silu",
+        "dropout",
+        "identity",
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "long",
+        "int",
+        "bool",
+        "clone",
+        "contiguous",
+        "detach",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "maximum",
+        "minimum",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_not",
+        "isnan",
+        "isinf",
+        "nan_to_num",
+        "sin",
+        "cos",
+        "erf",
+        "square",
+        "getattr",
+        "size",
+        "dim",
+        "shape",
+        "device",
+        "dtype",
+        "numel",
+    ]
 )
 # Operations with a dim argument that must not be the batch dim: where it stands, and its default.
 BY_DIM: dict[str, tuple[int, Any]] = {
@@ -41,9 +124,21 @@ BY_DIM: dict[str, tuple[int, Any]] = {
     "index_select": (1, None),
     "repeat_interleave": (2, None),
 }
-# Operations that move or reshape dims: the two runs at different batch sizes show where the batch went.
+# Operations that move or reshape dims: the two runs at different batch sizes show where the batch
+# went.
 SHAPING = frozenset(
-    ["transpose", "permute", "movedim", "unsqueeze", "squeeze", "stack", "expand", "expand_as", "t", "swapaxes"]
+    [
+        "transpose",
+        "permute",
+        "movedim",
+        "unsqueeze",
+        "squeeze",
+        "stack",
+        "expand",
+        "expand_as",
+        "t",
+        "swapaxes",
+    ]
 )
 FLATTENING = frozenset(["reshape", "view", "flatten", "unflatten"])
 LAST_DIM = frozenset(["linear", "layer_norm", "rms_norm", "embedding", "normalize"])
@@ -57,8 +152,10 @@ def check_glue(graph: Graph) -> None:
         for source in node.all_input_nodes:
             if source.meta.get("host") and source.meta["module"] != node.meta["module"]:
                 raise LayoutError(
-                    f"{node.meta['line'] or node.name}: {node.name} runs on {node.meta['module']} and "
-                    f"reads {source.name}, the batch size that {source.meta['module']}'s ranks see. "
+                    f"{node.meta['line'] or node.name}: {node.name} runs on "
+                    f"{node.meta['module']} and "
+                    f"reads {source.name}, the batch size that {source.meta['module']}'s ranks "
+                    "see. "
                     f"Take it from a tensor that {node.meta['module']} reads."
                 )
         if node not in after and _is_glue(graph, node) and _reads_batch(node):
@@ -105,8 +202,10 @@ def _check(node: fx.Node) -> None:
         if applies and holds(node, name):
             return
     raise CaptureError(
-        f"{node.meta['line'] or node.name}: {name} on a tensor that is split by sample may mix samples: "
-        f"each rank sees only some of them ({_signature(node)}). Keep samples apart, or, if it does, "
+        f"{node.meta['line'] or node.name}: {name} on a tensor that is split by sample may mix "
+        "samples: "
+        f"each rank sees only some of them ({_signature(node)}). Keep samples apart, or, if it "
+        "does, "
         "move it into a function marked @colocc.leaf or a module that the layouts name."
     )
 
@@ -132,7 +231,8 @@ def _same_batch(node: fx.Node, name: str) -> bool:
     if out is None:
         return True
     places = {len(t.dims) - t.batch for t in [*_types(node), out] if t.batch is not None}
-    # A tensor without a batch that has a long dim where the others have samples was cut for all ranks.
+    # A tensor without a batch that has a long dim where the others have samples was cut for all
+    # ranks.
     place = len(out.dims) - (out.batch or 0)
     flat = [t for t in _types(node) if t.batch is None and len(t.dims) >= place]
     return len(places) == 1 and all(t.dims[len(t.dims) - place].size == 1 for t in flat)

@@ -1,13 +1,15 @@
 """Trace the user's forward into a graph: one call per module of the layouts, glue between them.
 
 Algorithm:
-1. Bind the forward's arguments: an input becomes a placeholder (a nested one per tensor of the example,
-   or per module where the model is known), anything else keeps its default.
+1. Bind the forward's arguments: an input becomes a placeholder (a nested one per tensor of the
+   example, or per module where the model is known), anything else keeps its default.
 2. Trace with torch.fx. A module that the layouts name is one call, also when the model calls its
-   ``.forward()``; a method that looks at values, and a function marked ``colocc.leaf``, is one call.
+   ``.forward()``; a method that looks at values, and a function marked ``colocc.leaf``, is one
+   call.
 3. Drop reads of shapes that nothing uses.
 
-torch.fx traces through a custom ``autograd.Function`` and so loses its backward: that is an error here.
+torch.fx traces through a custom ``autograd.Function`` and so loses its backward: that is an error
+here.
 """
 
 from __future__ import annotations
@@ -63,8 +65,9 @@ def capture(
 ) -> Graph:
     """Return the graph of ``model.forward``.
 
-    Raises: LayoutError for a module in ``layouts`` that the model lacks, or parameters that no layout
-    covers; CaptureError, with the user's line and the remedy, for a forward that cannot be traced.
+    Raises: LayoutError for a module in ``layouts`` that the model lacks, or parameters that no
+    layout covers; CaptureError, with the user's line and the remedy, for a forward that cannot be
+    traced.
     """
     traits = traits or Traits()
     targets = find_targets(model, layouts, traits)
@@ -96,7 +99,8 @@ def find_targets(model: nn.Module, layouts: Mapping[str, Layout], traits: Traits
         ]
         if inside:
             raise LayoutError(
-                f"layouts names both {name!r} ({path}) and {inside[0]!r} ({targets[inside[0]]}), which "
+                f"layouts names both {name!r} ({path}) and {inside[0]!r} ({targets[inside[0]]}), "
+                "which "
                 "is part of it. Give each parameter one layout."
             )
     return targets
@@ -137,7 +141,8 @@ def _bind(
     unknown = sorted(set(example_inputs or ()) - set(bound))
     if unknown:
         raise CaptureError(
-            f"example_inputs has {unknown[0]!r}, which {type(model).__name__}.forward does not take; "
+            f"example_inputs has {unknown[0]!r}, which {type(model).__name__}.forward does not "
+            "take; "
             f"it takes {', '.join(bound)}"
         )
     return bound
@@ -290,7 +295,8 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
         problem = f"{type(error).__name__}: {error}"
     return CaptureError(
         f"{type(model).__name__}.forward cannot be traced: {problem}.\n  {where}\n"
-        "  Move that code into a function marked @colocc.leaf (it must treat every sample on its own), "
+        "  Move that code into a function marked @colocc.leaf (it must treat every sample on its "
+        "own), "
         "or into a module that the layouts name."
     )
 
@@ -324,7 +330,8 @@ def _short(path: str) -> str:
 
 
 def _drop_unused_reads(graph: fx.Graph) -> None:
-    """Erase reads of attributes, sizes and items that nothing uses; nothing else is ever dropped."""
+    """Erase reads of attributes, sizes and items that nothing uses; nothing else is ever
+    dropped."""
     reads = {getattr, operator.getitem, len}
     for node in reversed(graph.nodes):
         unused = not node.users

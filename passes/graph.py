@@ -30,9 +30,9 @@ Reduction = Literal["mean", "sum"]
 class Glue:
     """A method of the model that is one opaque call: it looks at values, so it is not traced.
 
-    It runs on the layout of ``module``. ``returns`` gives its results from its arguments by name, with
-    (dtype, shape) for a tensor; None where that cannot be known. ``stage`` is "first" for a method that
-    only the first pipeline stage can run, "all" for one that every stage must.
+    It runs on the layout of ``module``. ``returns`` gives its results from its arguments by name,
+    with (dtype, shape) for a tensor; None where that cannot be known. ``stage`` is "first" for a
+    method that only the first pipeline stage can run, "all" for one that every stage must.
     """
 
     method: str
@@ -46,8 +46,9 @@ class Traits:
     """What is known beforehand of a kind of model; the empty one knows nothing.
 
     ``targets`` maps names of layouts to submodule paths. ``inputs`` are the forward arguments that
-    are captured as inputs although they have a default; an argument of ``nested`` holds one value per
-    module name. ``outputs`` gives the type of a module's output from the types of its arguments.
+    are captured as inputs although they have a default; an argument of ``nested`` holds one value
+    per module name. ``outputs`` gives the type of a module's output from the types of its
+    arguments.
     ``disabled`` are attributes of the model that are empty while it is traced.
     """
 
@@ -99,8 +100,8 @@ class Graph:
         """What the gradient from ``dst`` to ``src`` must be multiplied by.
 
         The gradient of the reader is summed over its dp replicas and, for a mean, divided by their
-        number; the source's likewise over its own. For one gradient of one loss the source's divisor
-        must become the reader's: (divisor of src) / (divisor of dst).
+        number; the source's likewise over its own. For one gradient of one loss the source's
+        divisor must become the reader's: (divisor of src) / (divisor of dst).
         """
         divisor = {
             name: layout.dp * layout.cp if self.reductions.get(name, "mean") == "mean" else 1

@@ -3,11 +3,12 @@
     encode     encoders, their glue and the redistributions: the whole step's samples at once
     language   everything on the sink's layout: microbatch by microbatch, pipelined where pp > 1
 
-The values that cross from encode to language are the cut: there the autograd graph is detached, each
-microbatch gets its own leaf, and the encoders' backward starts from the gradients of these leaves.
+The values that cross from encode to language are the cut: there the autograd graph is detached,
+each microbatch gets its own leaf, and the encoders' backward starts from the gradients of these
+leaves.
 
-In the pipeline, what the sink's call is made from runs on the first stage, what is made from it on the
-last; inputs are everywhere.
+In the pipeline, what the sink's call is made from runs on the first stage, what is made from it on
+the last; inputs are everywhere.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _stage(
 def cut(graph: Graph) -> list[fx.Node]:
     """The values that cross from encode to language, in graph order.
 
-    They are marked once, on the graph of all ranks: a later stage reads none of them, and yet takes part
-    in returning their gradients.
+    They are marked once, on the graph of all ranks: a later stage reads none of them, and yet takes
+    part in returning their gradients.
     """
     return [node for node in graph.fx.nodes if node.meta.get("cut")]

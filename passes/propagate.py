@@ -1,10 +1,10 @@
 """Give every value a layout and a type.
 
 Algorithm:
-1. A module runs on its own layout. Glue runs on the layout of its arguments; where these differ, or a
-   known method says so, on the layout of the module that reads it next.
-2. An input, and glue made from inputs alone, is copied for each layout that reads it: every rank can cut
-   it from the batch, so nothing needs to move.
+1. A module runs on its own layout. Glue runs on the layout of its arguments; where these differ, or
+   a known method says so, on the layout of the module that reads it next.
+2. An input, and glue made from inputs alone, is copied for each layout that reads it: every rank
+   can cut it from the batch, so nothing needs to move.
 3. Types come from the example at two batch sizes (shapes.py).
 4. Glue must keep samples apart (batch.py): on each rank it sees only some of them.
 """
@@ -48,13 +48,15 @@ def propagate(
 
 
 def find_sink(graph: Graph) -> str:
-    """The module that no other module reads: the last one called among those, pipelined ones first."""
+    """The module that no other module reads: the last one called among those, pipelined ones
+    first."""
     calls = [(graph.module_of(node), node) for node in graph.fx.nodes if graph.module_of(node)]
     called = {name for name, _ in calls}
     for name in graph.layouts:
         if name not in called:
             raise CaptureError(
-                f"layouts names {name!r} ({graph.targets[name]}), but {graph.name}.forward never calls "
+                f"layouts names {name!r} ({graph.targets[name]}), but {graph.name}.forward never "
+                "calls "
                 "it. Remove it from layouts, or call it."
             )
     feeding: set[str | None] = set()

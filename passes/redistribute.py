@@ -1,7 +1,8 @@
 """Insert a redistribution on every edge whose reader runs on another layout.
 
 Algorithm:
-1. For every value and every other module that reads it, solve one plan; readers of one module share it.
+1. For every value and every other module that reads it, solve one plan; readers of one module share
+   it.
 2. Insert one call of a module that owns the plan after the value, and point the readers at it. Its
    forward and backward are opaque to torch.fx and never removed.
 3. Record which samples each module's dp slots hold: the batch is cut by that.
@@ -58,12 +59,14 @@ def _bridge(graph: Graph, node: fx.Node, module: str) -> None:
         return
     if not isinstance(node.meta["types"], Type):
         raise LayoutError(
-            f"{users[0].name} on {module} ({dst}) reads {node.name} of {source} ({src}), which is not one "
+            f"{users[0].name} on {module} ({dst}) reads {node.name} of {source} ({src}), which "
+            "is not one "
             f"tensor. Read its parts one by one, or give {source} and {module} one layout."
         )
     if module != graph.sink:
         raise LayoutError(
-            f"{module} ({dst}) reads {node.name} of {source} ({src}): between two encoders the layouts "
+            f"{module} ({dst}) reads {node.name} of {source} ({src}): between two encoders the "
+            "layouts "
             f"must be one, only {graph.sink} may differ. Write {module} as {src}."
         )
     plan = solve((source, src), (module, dst), scale=scale)

@@ -117,7 +117,8 @@ class _World:
             self.inputs[path] = pytree.tree_map(lambda leaf, dim=dim: fake(leaf, dim), value)
 
     def run(self, node: fx.Node) -> bool:
-        """Compute the value of ``node``; false where it cannot be known without running for real."""
+        """Compute the value of ``node``; false where it cannot be known without running for
+        real."""
         if node.op == "placeholder":
             self.values[node] = self.inputs[node.meta["path"]]
             return True
@@ -203,7 +204,8 @@ def _types_of(
         found = [i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n]
         if len(found) > 1 or any(b.shape[i] != 2 * a.shape[i] or a.shape[i] % batch for i in found):
             raise CaptureError(
-                f"{node.meta['line'] or node.name}: the result is {list(a.shape)} for {batch} samples "
+                f"{node.meta['line'] or node.name}: the result is {list(a.shape)} for {batch} "
+                "samples "
                 f"and {list(b.shape)} for {2 * batch}; one dim must grow with the samples. "
                 "Keep samples apart, or move the code into a module that the layouts name."
             )

@@ -1,8 +1,8 @@
 """Keep what one rank runs: drop the nodes of pipeline stages that it is not on.
 
-A later stage gets its hidden states from the stage before it, so what only the first stage computes (the
-text embedding, the merge of embeddings) is None there; a stage before the last hands on what the sink
-returns. Redistributions stay on every rank: they are collective.
+A later stage gets its hidden states from the stage before it, so what only the first stage computes
+(the text embedding, the merge of embeddings) is None there; a stage before the last hands on what
+the sink returns. Redistributions stay on every rank: they are collective.
 """
 
 from __future__ import annotations

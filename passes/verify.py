@@ -1,11 +1,14 @@
 """What must hold of the graph, before the first pass and after every one.
 
 after          must hold
-always         fx's own lint; one output; unique names; nothing unread but inputs and redistributions
+always         fx's own lint; one output; unique names; nothing unread but inputs and
+               redistributions
 propagate      every node has a module of the layouts, and types that name its layout
-redistribute   every edge is on one layout, or both layouts place every rank alike; every plan is proved
-               by walking each rank's samples through it; its gradient scale is the modules' ratio
-phases         no edge goes back to an earlier phase; a value of the first stage is not read by the last
+redistribute   every edge is on one layout, or both layouts place every rank alike; every plan is
+               proved by walking each rank's samples through it; its gradient scale is the modules'
+               ratio
+phases         no edge goes back to an earlier phase; a value of the first stage is not read by the
+               last
 specialize     every redistribution is still there: all ranks issue the same collectives
 
 Each message is a bug report: a graph that fails here was made wrong by colocc, not by the user.

@@ -230,7 +230,8 @@ class _Works:
         self.works = works
 
     def wait(self) -> bool:
-        return all([work.wait() for work in self.works])
+        done = [bool(work.wait()) for work in self.works]
+        return all(done)
 
 
 # The distributed optimizer's collectives, which gloo lacks under TORCH_DISTRIBUTED_DEBUG=DETAIL.

@@ -15,8 +15,8 @@ from colocc.passes.shapes import attribute
 class Executor:
     """The nodes of one phase of a graph, bound to the user's model and the redistributions.
 
-    Submodules are looked up at each call, so a module that was wrapped (by DDP, say) after the compile
-    is called through its wrapper.
+    Submodules are looked up at each call, so a module that was wrapped (by DDP, say) after the
+    compile is called through its wrapper.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Finalise gradients once, after the encoders' backward: reduce each module, divide by one token count."""
+"""Finalise gradients once, after the encoders' backward: reduce each module, divide by one token
+count."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ if TYPE_CHECKING:
 
 
 def finalize(program: Program, tokens: torch.Tensor | None, *, force_all_reduce: bool) -> None:
-    """Reduce every trainable module's gradients over its own groups and divide by the global tokens.
+    """Reduce every trainable module's gradients over its own groups and divide by the global
+    tokens.
 
-    ``tokens`` is this rank's token count with per-token loss, None with mean losses. The count is summed
-    over the language module's replicas once, and divides every module. That encoders and language module
-    reduce over different dp sizes is already made up for where the gradient crosses (``plan.scale``).
+    ``tokens`` is this rank's token count with per-token loss, None with mean losses. The count is
+    summed over the language module's replicas once, and divides every module. That encoders and
+    language module reduce over different dp sizes is already made up for where the gradient crosses
+    (``plan.scale``).
     """
     divisor = None
     if tokens is not None:

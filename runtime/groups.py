@@ -1,7 +1,7 @@
 """Process groups for the layouts: opened once, in one order on all ranks, shared where equal.
 
-Before the first group is opened, all ranks compare the text of what they were given (``agree``), so a
-rank with another layout is named in under a second instead of hanging all of them.
+Before the first group is opened, all ranks compare the text of what they were given (``agree``), so
+a rank with another layout is named in under a second instead of hanging all of them.
 """
 
 from __future__ import annotations
@@ -94,10 +94,11 @@ def open_groups(
 ) -> dict[Members, dist.ProcessGroup]:
     """Return this rank's groups among ``member_lists``; equal members share one group.
 
-    Collective: every rank calls it with the same lists in the same order. Members ascend. A group of
-    one rank opens no communicator, and a group of all ranks is the default group. A group for the
-    sends of a pipeline is shared with other pipelines alone: its stages send unequally often, which
-    torch's own check of collectives (TORCH_DISTRIBUTED_DEBUG=DETAIL) counts as ranks out of step.
+    Collective: every rank calls it with the same lists in the same order. Members ascend. A group
+    of one rank opens no communicator, and a group of all ranks is the default group. A group for
+    the sends of a pipeline is shared with other pipelines alone: its stages send unequally often,
+    which torch's own check of collectives (TORCH_DISTRIBUTED_DEBUG=DETAIL) counts as ranks out of
+    step.
     """
     registry, rank, world = _registry(), dist.get_rank(), dist.get_world_size()
     mine: dict[Members, dist.ProcessGroup] = {}
@@ -143,8 +144,8 @@ def close_groups(member_lists: Iterable[Members], *, use: Use = "shared") -> Non
 def agree(what: str, text: str, error: str | None = None) -> None:
     """Return if all ranks bring the same ``text`` and none an ``error``.
 
-    Collective on the default group. Raises: the same LayoutError on every rank, naming the ranks that
-    differ from rank 0, or the ranks whose own check failed.
+    Collective on the default group. Raises: the same LayoutError on every rank, naming the ranks
+    that differ from rank 0, or the ranks whose own check failed.
     """
     if not dist.is_initialized():
         if error:
@@ -244,7 +245,8 @@ class ProcessGroups(Mapping[str, "ProcessGroupCollection"]):
         return self._open[members]
 
     def communicators(self) -> int:
-        """How many communicators of its own this rank may open: groups of several ranks, not all."""
+        """How many communicators of its own this rank may open: groups of several ranks, not
+        all."""
         world = dist.get_world_size()
         shared = sum(1 for members in self._open if 1 < len(members) < world)
         return shared + sum(1 for members in self._stages if len(members) > 1)
@@ -283,11 +285,11 @@ def process_groups(
 ) -> ProcessGroups:
     """Return Megatron's process groups for each module's layout.
 
-    A HyperCommGrid or DeviceMesh may stand for a Layout: the groups that it has are used, and so are
-    those of Megatron's ``parallel_state``. Collective on the default group.
+    A HyperCommGrid or DeviceMesh may stand for a Layout: the groups that it has are used, and so
+    are those of Megatron's ``parallel_state``. Collective on the default group.
 
-    Raises: LayoutError, the same on every rank, if the ranks were given different layouts or the world
-    is not the product of a layout's axes.
+    Raises: LayoutError, the same on every rank, if the ranks were given different layouts or the
+    world is not the product of a layout's axes.
     """
     plain: dict[str, Layout] = {}
     error = None

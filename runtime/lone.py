@@ -1,7 +1,7 @@
 """A process group of one rank that opens no communicator.
 
-An axis of size one still needs a group object, because Megatron asks for its size and runs collectives
-over it. Every collective over one rank is a copy, so this backend copies and returns.
+An axis of size one still needs a group object, because Megatron asks for its size and runs
+collectives over it. Every collective over one rank is a copy, so this backend copies and returns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""All that colocc knows of megatron-core's internals (0.19): its MimoModel, schedules, DDP, optimizer."""
+"""All that colocc knows of megatron-core's internals (0.19): its MimoModel, schedules, DDP,
+optimizer."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ _INPUTS = ("input_ids", "position_ids", "loss_mask", "labels")
 
 
 def is_mimo(model: nn.Module) -> bool:
-    """Whether ``model`` is Megatron's MimoModel; false without importing Megatron for the question."""
+    """Whether ``model`` is Megatron's MimoModel; false without importing Megatron for the
+    question."""
     base = sys.modules.get("megatron.core.models.mimo.model.base")
     return base is not None and isinstance(model, base.MimoModel)
 
@@ -65,8 +67,8 @@ def traits_of(model: nn.Module, example_inputs: Mapping[str, Any] | None) -> Tra
 
 
 class _Shapes:
-    """The shapes of MimoModel's values: hidden size and dtype from its config, tokens per sample from
-    the placeholders in the example's input_ids."""
+    """The shapes of MimoModel's values: hidden size and dtype from its config, tokens per sample
+    from the placeholders in the example's input_ids."""
 
     def __init__(self, model: Any, example_inputs: Mapping[str, Any]) -> None:
         config = unwrapped(model.language_model).config
@@ -129,7 +131,8 @@ def unwrapped(module: nn.Module) -> Any:
 
 
 def reduction_of(name: str, module: nn.Module) -> Reduction:
-    """How DDP reduces the gradients of ``module``: a sum with per-token loss, else the mean over dp.
+    """How DDP reduces the gradients of ``module``: a sum with per-token loss, else the mean over
+    dp.
 
     Megatron's DDP reads it from the config; torch's DDP always takes the mean.
     """
@@ -141,8 +144,8 @@ def reduction_of(name: str, module: nn.Module) -> Reduction:
 
 
 def prepare_buffers() -> None:
-    """Give Megatron the scratch buffer that its sequence parallelism takes from parallel_state, which
-    only ``initialize_model_parallel`` would otherwise make."""
+    """Give Megatron the scratch buffer that its sequence parallelism takes from parallel_state,
+    which only ``initialize_model_parallel`` would otherwise make."""
     from megatron.core import parallel_state
 
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
@@ -157,8 +160,8 @@ def is_ddp(module: nn.Module) -> bool:
 class Stage(nn.Module):
     """This rank's part of the pipelined module as Megatron's schedules want it.
 
-    It carries a copy of the config, so that the schedule hands its token count to ``collect`` instead
-    of finalising gradients, while the user's config stays as it is.
+    It carries a copy of the config, so that the schedule hands its token count to ``collect``
+    instead of finalising gradients, while the user's config stays as it is.
     """
 
     def __init__(self, module: nn.Module, collect: Callable[..., None]) -> None:
@@ -217,8 +220,8 @@ def run_schedule(
 
 
 def global_tokens(tokens: torch.Tensor, collection: ProcessGroupCollection) -> torch.Tensor:
-    """The token count of the whole step, on every rank: the last stages hold their replicas' counts,
-    each of its tp ranks the same one, of which the first is counted."""
+    """The token count of the whole step, on every rank: the last stages hold their replicas'
+    counts, each of its tp ranks the same one, of which the first is counted."""
     last = collection.pp.rank() == collection.pp.size() - 1
     counts = last and collection.tp.rank() == 0
     total = tokens.clone() if counts else torch.zeros_like(tokens)
@@ -229,7 +232,8 @@ def global_tokens(tokens: torch.Tensor, collection: ProcessGroupCollection) -> t
 def finish_gradients(
     module: nn.Module, collection: ProcessGroupCollection, *, force_all_reduce: bool
 ) -> None:
-    """Reduce the gradients of one module over its own groups: dp, tied embeddings, sequence parallel."""
+    """Reduce the gradients of one module over its own groups: dp, tied embeddings, sequence
+    parallel."""
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
     finalize_model_grads([module], None, collection, force_all_reduce)
@@ -266,7 +270,8 @@ def require_ddp(name: str, module: nn.Module) -> None:
     """Raise LayoutError unless ``module`` is wrapped in Megatron's DDP."""
     if not is_ddp(module):
         raise LayoutError(
-            f"{name} has parameters to train and is no Megatron DistributedDataParallel: nothing would "
+            f"{name} has parameters to train and is no Megatron DistributedDataParallel: nothing "
+            "would "
             f"reduce its gradients. Wrap it: DistributedDataParallel(config, ddp_config, module, "
             f"pg_collection=groups[{name!r}])"
         )

@@ -1,7 +1,8 @@
 """Run a plan: move the rows of a value between ranks, and its gradient back.
 
-One unit of a plan is ``rows`` rows of the batch dim; every rank has the same number, because tokens per
-sample are uniform. The collectives depend on the layouts alone: a rank with zero rows takes part.
+One unit of a plan is ``rows`` rows of the batch dim; every rank has the same number, because tokens
+per sample are uniform. The collectives depend on the layouts alone: a rank with zero rows takes
+part.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from colocc.passes.solve.plan import Plan, Step, length
 class Redistribution:
     """A plan bound to this rank and its process groups; calling it moves a tensor.
 
-    The result requires grad if the argument does, and its backward runs the plan's backward steps, on
-    all ranks: what autograd would derive by itself would count a replicated gradient once per holder.
+    The result requires grad if the argument does, and its backward runs the plan's backward steps,
+    on all ranks: what autograd would derive by itself would count a replicated gradient once per
+    holder.
     """
 
     def __init__(
@@ -47,7 +49,8 @@ class Redistribution:
         count = value.shape[self.dim]
         if count % self.held:
             raise LayoutError(
-                f"{self.name}: {self.plan.src.module} ({self.plan.src.layout}) made {count} rows in dim "
+                f"{self.name}: {self.plan.src.module} ({self.plan.src.layout}) made {count} rows "
+                "in dim "
                 f"{self.dim} for {self.held} equal parts of the batch: {count} % {self.held} = "
                 f"{count % self.held}. Every sample must make the same number of rows."
             )
@@ -85,7 +88,8 @@ def _fresh(result: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 class _BoundStep:
-    """A step with this rank's group, its place in it, and what it sends to and gets from each peer."""
+    """A step with this rank's group, its place in it, and what it sends to and gets from each
+    peer."""
 
     def __init__(
         self, step: Step, groups: Mapping[tuple[int, ...], dist.ProcessGroup], rank: int
@@ -102,7 +106,8 @@ class _BoundStep:
         self.outgoing, self.incoming = self._traffic(step, rank)
 
     def _traffic(self, step: Step, rank: int) -> tuple[list[tuple[int, int]], list[int]]:
-        """Per peer in the group: the interval that this rank sends (empty: 0, 0), the units it gets."""
+        """Per peer in the group: the interval that this rank sends (empty: 0, 0), the units it
+        gets."""
         if step.kind != "all_to_all":
             return [], []
         peers = self.members or (rank,)

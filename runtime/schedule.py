@@ -1,11 +1,12 @@
 """Three phases of a training step: encode, language pipeline, encode backward.
 
-1. Encode the samples of the whole step and redistribute; cut the result into microbatches, each a leaf of
-   its own.
+1. Encode the samples of the whole step and redistribute; cut the result into microbatches, each a
+   leaf of its own.
 2. Megatron's schedule (1F1B, or none at pp = 1) over the language module, which reads the leaves.
 3. Return the leaves' gradients through the redistributions and the encoders; then finalise.
 
-Source: the schedule of NVIDIA/Megatron-LM pull request 4784; pairing is by sample here, not by position.
+Source: the schedule of NVIDIA/Megatron-LM pull request 4784; pairing is by sample here, not by
+position.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Encoded:
     leaves: list[list[Any]] = field(default_factory=list)
 
     def cut(self, microbatches: int) -> None:
-        """Detach each value by microbatch; a microbatch's backward then fills its own leaf's grad."""
+        """Detach each value by microbatch; a microbatch's backward then fills its own leaf's
+        grad."""
         self.leaves = [
             [self._leaf(node, value, index, microbatches) for node, value in self._pairs()]
             for index in range(microbatches)

@@ -29,7 +29,8 @@ LENGTH, ROWS, FEATURES = 12, 3, 6
 
 
 class Encoder(MegatronModule):
-    """A projection in, Megatron's TransformerBlock, a projection out: [b, s, 6] -> [b, s, hidden]."""
+    """A projection in, Megatron's TransformerBlock, a projection out: [b, s, 6] -> [b, s,
+    hidden]."""
 
     def __init__(self, config: TransformerConfig, groups: Any) -> None:
         super().__init__(config)
@@ -46,7 +47,8 @@ class Encoder(MegatronModule):
 
 
 class SequenceParallelNorm(torch.nn.LayerNorm):
-    """A layer norm over this tp rank's part of the sequence; Megatron's torch norm refuses to be one."""
+    """A layer norm over this tp rank's part of the sequence; Megatron's torch norm refuses to be
+    one."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps)
@@ -100,7 +102,8 @@ def build(
     wrap: bool = True,
     seed: int = 0,
 ) -> MimoModel:
-    """The model on this rank, seeded alike for every layout; trainable modules in Megatron's DDP."""
+    """The model on this rank, seeded alike for every layout; trainable modules in Megatron's
+    DDP."""
     language, pg = layouts["language"], groups["language"]
     per = {"calculate_per_token_loss": per_token}
     configs = {n: config_of(at, 2, ENCODER_HIDDEN, **per) for n, at in layouts.items()}

@@ -1,4 +1,5 @@
-"""Identity-coded values: row j of sample i holds (i, j), so a sample that arrives elsewhere is seen."""
+"""Identity-coded values: row j of sample i holds (i, j), so a sample that arrives elsewhere is
+seen."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ def check_identity(
 ) -> None:
     """Send identity-coded rows through every redistribution of ``program``, forward and backward.
 
-    Exact: integers in float64, compared for equality. The gradient sent back for a row is its own code,
-    which must arrive scaled by the plan's scale, once. Collective.
+    Exact: integers in float64, compared for equality. The gradient sent back for a row is its own
+    code, which must arrive scaled by the plan's scale, once. Collective.
     Raises: AssertionError naming the redistribution and the rank.
     """
     if program.rank is None:

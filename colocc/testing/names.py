@@ -1,4 +1,5 @@
-"""Parameters by a name that no layout changes, whole: pipeline stages renumbered, tp slices joined."""
+"""Parameters by a name that no layout changes, whole: pipeline stages renumbered, tp slices
+joined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The oracle: the same model on one process, one rank, in float64, without any of colocc's graph."""
+"""The oracle: the same model on one process, one rank, in float64, without any of colocc's
+graph."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Run:
 
 
 class _Float64(TorchFunctionMode):
-    """Megatron computes norms, rotary angles and the cross entropy in float32, whatever the model is."""
+    """Megatron computes norms, rotary angles and the cross entropy in float32, whatever the model
+    is."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -46,7 +48,8 @@ class _Float64(TorchFunctionMode):
 
 @contextlib.contextmanager
 def float64() -> Iterator[None]:
-    """Inside, float32 means float64: what Megatron computes in float32 by itself follows the model."""
+    """Inside, float32 means float64: what Megatron computes in float32 by itself follows the
+    model."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -80,10 +83,11 @@ def oracle(
     replicas: int,
     per_token: bool = True,
 ) -> Run:
-    """Run ``model``, whole on one rank and not compiled, over ``batches``; gradients are in ``grad``.
+    """Run ``model``, whole on one rank and not compiled, over ``batches``; gradients are in
+    ``grad``.
 
-    ``replicas`` is the language module's dp: with mean losses each replica's mean counts alike, so the
-    batch is cut as it would be. ``loss_func`` is the one that forward_backward gets.
+    ``replicas`` is the language module's dp: with mean losses each replica's mean counts alike, so
+    the batch is cut as it would be. ``loss_func`` is the one that forward_backward gets.
     """
     run, total, tokens, seen = Run(loss=0.0), 0.0, 0, []
     model.zero_grad(set_to_none=True)
@@ -130,10 +134,11 @@ def observed(
     *,
     microbatches: int,
 ) -> Run:
-    """What this rank saw of a step: its share of the loss, of the inputs, and its stage's gradients.
+    """What this rank saw of a step: its share of the loss, of the inputs, and its stage's
+    gradients.
 
-    ``losses`` are (sum, tokens) by microbatch, empty off the last stage. Collective, over each module's
-    tp groups.
+    ``losses`` are (sum, tokens) by microbatch, empty off the last stage. Collective, over each
+    module's tp groups.
     """
     assert program.groups is not None and program.rank is not None
     replica = int(program.graph.layouts[program.graph.sink].coordinates("dp")[program.rank])
@@ -158,8 +163,8 @@ def compare(
 ) -> dict[str, float]:
     """Return the worst relative L2 of each gradient, of the inputs and of the loss over all ranks.
 
-    ``noise`` is the size below which a reference gradient is zero but for rounding (a key's bias under
-    softmax): such a gradient is compared absolutely.
+    ``noise`` is the size below which a reference gradient is zero but for rounding (a key's bias
+    under softmax): such a gradient is compared absolutely.
     Raises: AssertionError naming every tensor above ``tolerance``, and those missing or unexpected.
     """
     worst: dict[str, float] = {}

@@ -1,16 +1,16 @@
 """Prove one plan: walk every rank's sample units through its steps and look at what arrives.
 
-Nothing of the planner is imported, so a mistake there cannot hide here. What is proved, for the layouts
-at hand and every batch whose samples divide by ``plan.units``:
+Nothing of the planner is imported, so a mistake there cannot hide here. What is proved, for the
+layouts at hand and every batch whose samples divide by ``plan.units``:
 
 - the slots cut the step's samples: each unit is in one slot, every slot is equally long;
-- forward, each reader ends with the samples of its own dp replica, all of them, once, in order, and a
-  rank of another stage ends with nothing;
-- backward, each source rank ends with the gradient of exactly the samples that it holds, each exactly
-  once, taken from a rank that has the gradient (not zero copies, not tp of them), in order: the
-  transpose of forward where the gradient of a replicated value is replicated;
-- every group is ascending, groups of a step share no rank, and nothing is sent outside its group, so
-  every rank issues the same collectives in the same order whatever the data.
+- forward, each reader ends with the samples of its own dp replica, all of them, once, in order, and
+  a rank of another stage ends with nothing;
+- backward, each source rank ends with the gradient of exactly the samples that it holds, each
+  exactly once, taken from a rank that has the gradient (not zero copies, not tp of them), in order:
+  the transpose of forward where the gradient of a replicated value is replicated;
+- every group is ascending, groups of a step share no rank, and nothing is sent outside its group,
+  so every rank issues the same collectives in the same order whatever the data.
 """
 
 from __future__ import annotations

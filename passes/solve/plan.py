@@ -28,8 +28,8 @@ class Step:
     none for ``narrow``. Intervals count units of the rank's own buffer, before the step:
 
     narrow      rank r keeps the intervals ``keeps[r]``, joined in that order.
-    all_gather  each rank sends its whole buffer to its group, joined by ascending rank; a rank in no
-                group keeps what it has.
+    all_gather  each rank sends its whole buffer to its group, joined by ascending rank; a rank in
+                no group keeps what it has.
     all_to_all  rank r sends its interval (start, stop) to peer for each (peer, start, stop) in
                 ``sends[r]``, itself among the peers; what arrives is joined by ascending sender.
     """
@@ -97,7 +97,8 @@ class Plan:
         return _received(self.forward, self.src), _received(self.backward, self.dst)
 
     def bound(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The least that each rank must receive, |need minus have| in units, forward and backward."""
+        """The least that each rank must receive, |need minus have| in units, forward and
+        backward."""
         return _missing(self.src, self.dst), _missing(self.dst, self.src)
 
 

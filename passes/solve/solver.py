@@ -1,16 +1,16 @@
 """Solve one edge: from the layouts of source and reader, the steps forward and backward.
 
 Algorithm:
-1. Choose which samples each encoder slot holds. Slot s gets, of the samples of language replica d, the
-   share that its ranks have in d: cells[s, d] = |ranks of s and d| / world. Rows and columns sum to
-   1/dp of either side, whatever the rank orders, so it is always a bijection; and no rank waits for
-   samples that it could have encoded itself.
+1. Choose which samples each encoder slot holds. Slot s gets, of the samples of language replica d,
+   the share that its ranks have in d: cells[s, d] = |ranks of s and d| / world. Rows and columns
+   sum to 1/dp of either side, whatever the rank orders, so it is always a bijection; and no rank
+   waits for samples that it could have encoded itself.
 2. Forward, every reader takes each missing unit from the rank of the holding slot that has the
-   reader's own coordinates on the source layout apart from dp (and pp): so a group is part of one of
-   the source's dp groups, and suppliers share the load.
-3. Backward is the same question with the roles swapped: the source's ranks read the gradient that the
-   readers hold. The gradient of a tp-replicated value is itself replicated (each tp rank has all of
-   it), so each unit is taken from exactly one holder and nothing is summed.
+   reader's own coordinates on the source layout apart from dp (and pp): so a group is part of one
+   of the source's dp groups, and suppliers share the load.
+3. Backward is the same question with the roles swapped: the source's ranks read the gradient that
+   the readers hold. The gradient of a tp-replicated value is itself replicated (each tp rank has
+   all of it), so each unit is taken from exactly one holder and nothing is summed.
 4. Name the step: units that stay are a narrow; a group whose members all need all of it is an
    all_gather; anything else is one all_to_all.
 """
@@ -34,7 +34,8 @@ FIRST_STAGE = (0,)
 def solve(
     src: tuple[str, Layout], dst: tuple[str, Layout], *, scale: Fraction = Fraction(1)
 ) -> Plan:
-    """Return the plan that carries a value of module ``src`` to module ``dst`` and its gradient back.
+    """Return the plan that carries a value of module ``src`` to module ``dst`` and its gradient
+    back.
 
     ``src`` and ``dst`` are (name, layout). The reader holds the value on its first stage only.
     ``scale`` multiplies the gradient on its way back.
@@ -70,7 +71,8 @@ def check_pair(src: tuple[str, Layout], dst: tuple[str, Layout]) -> None:
     if src_layout.size != dst_layout.size:
         raise LayoutError(
             f"{src_name} ({src_layout}) has {src_layout.size} ranks, {dst_name} ({dst_layout}) has "
-            f"{dst_layout.size}: both must be on the same ranks. Make the products of the axes equal."
+            f"{dst_layout.size}: both must be on the same ranks. Make the products of the axes "
+            "equal."
         )
     for name, layout in (src, dst):
         if layout.cp > 1:
@@ -80,7 +82,8 @@ def check_pair(src: tuple[str, Layout], dst: tuple[str, Layout]) -> None:
             )
     if src_layout.pp > 1:
         raise LayoutError(
-            f"{src_name} ({src_layout}) feeds {dst_name} and has pp{src_layout.pp}: an encoder runs "
+            f"{src_name} ({src_layout}) feeds {dst_name} and has pp{src_layout.pp}: an encoder "
+            "runs "
             f"with pp1. Write tp{src_layout.tp} dp{src_layout.dp * src_layout.pp} for {src_name}."
         )
     larger, smaller = max(src_layout.dp, dst_layout.dp), min(src_layout.dp, dst_layout.dp)
@@ -88,8 +91,10 @@ def check_pair(src: tuple[str, Layout], dst: tuple[str, Layout]) -> None:
         fits = [n for n in range(1, src_layout.size + 1) if src_layout.size % n == 0]
         fits = [n for n in fits if n % dst_layout.dp == 0 or dst_layout.dp % n == 0]
         raise LayoutError(
-            f"{src_name} ({src_layout}) has {src_layout.dp} dp slots, {dst_name} ({dst_layout}) has "
-            f"{dst_layout.dp}: {larger} % {smaller} = {larger % smaller}, neither divides the other. "
+            f"{src_name} ({src_layout}) has {src_layout.dp} dp slots, {dst_name} ({dst_layout}) "
+            "has "
+            f"{dst_layout.dp}: {larger} % {smaller} = {larger % smaller}, neither divides the "
+            "other. "
             f"Give {src_name} dp {' or '.join(map(str, fits))}."
         )
 
@@ -146,7 +151,8 @@ def steps(have: Holding, need: Holding) -> tuple[Step, ...]:
     for rank, to in enumerate(sends):
         if any(len(intervals) != 1 for intervals in to.values()):
             raise LayoutError(
-                f"{have.module} ({have.layout}) -> {need.module} ({need.layout}): rank {rank} would "
+                f"{have.module} ({have.layout}) -> {need.module} ({need.layout}): rank {rank} "
+                "would "
                 "send several runs of samples to one peer, which this version does not cover. "
                 "Write both layouts in one order."
             )
@@ -155,7 +161,8 @@ def steps(have: Holding, need: Holding) -> tuple[Step, ...]:
 
 
 def _pieces(have: Holding, need: Holding) -> list[list[tuple[int, int, int]]]:
-    """For every rank, in the order of its need: (supplier, start, stop) in the supplier's buffer."""
+    """For every rank, in the order of its need: (supplier, start, stop) in the supplier's
+    buffer."""
     layout, world = have.layout, have.layout.size
     others = {axis: layout.coordinates(axis) for axis in layout.sizes if axis not in ("dp", "pp")}
     stage = layout.coordinates("pp") if have.stages is None else np.full(world, have.stages[0])
@@ -178,7 +185,8 @@ def _pieces(have: Holding, need: Holding) -> list[list[tuple[int, int, int]]]:
 def _locate(
     slots: tuple[tuple[Interval, ...], ...], wants: tuple[Interval, ...]
 ) -> list[tuple[int, int, int]]:
-    """``wants`` cut at the borders of the slots: (slot, start, stop) in the slot's buffer, in order."""
+    """``wants`` cut at the borders of the slots: (slot, start, stop) in the slot's buffer, in
+    order."""
     cuts = []
     for slot, intervals in enumerate(slots):
         offset = 0
@@ -239,7 +247,8 @@ def _where(src: tuple[str, Layout], dst: tuple[str, Layout], cells: np.ndarray) 
     """The solved relation between the dp coordinates, as the dump prints it.
 
     One side's coordinate is a function of the other's exactly if each row (or column) of ``cells``
-    has one entry. Sympy derives the closed form; where none exists the ranks' own coordinates stand.
+    has one entry. Sympy derives the closed form; where none exists the ranks' own coordinates
+    stand.
     """
     (src_name, src_layout), (dst_name, dst_layout) = src, dst
     left, right = f"{src_name}.dp", f"{dst_name}.dp"

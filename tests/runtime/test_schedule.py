@@ -1,4 +1,5 @@
-"""Covers runtime/schedule.py and gradients.py: every layout against the one-process float64 oracle."""
+"""Covers runtime/schedule.py and gradients.py: every layout against the one-process float64
+oracle."""
 
 import contextlib
 from functools import cache, partial
@@ -156,7 +157,8 @@ def check(
     tolerance: float = 1e-5,
     **options: Any,
 ) -> None:
-    """Run the layouts and compare every rank with the oracle; raises AssertionError where they differ."""
+    """Run the layouts and compare every rank with the oracle; raises AssertionError where they
+    differ."""
     work = partial(
         steps_on_rank,
         layouts=layouts,
