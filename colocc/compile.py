@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from colocc import passes
 from colocc.errors import LayoutError
@@ -23,7 +22,7 @@ from colocc.passes.dump import PASSES, dot, page, ranks
 from colocc.passes.graph import Graph, Reduction, first_type
 from colocc.passes.phases import cut
 from colocc.runtime import megatron
-from colocc.runtime.data import Batches, holding_of, sample_runs
+from colocc.runtime.data import Batches, fingerprint, holding_of, sample_runs
 from colocc.runtime.execute import Executor
 from colocc.runtime.groups import (
     DEFAULT_TIMEOUT,
@@ -71,29 +70,64 @@ def compile(
 
     Raises: LayoutError, CaptureError, before any training step and on every rank alike.
     """
-    if schedule != "three_phase":
-        raise LayoutError(f"schedule {schedule!r} is not known: write schedule='three_phase'")
-    graph, error = None, None
+    found, error = None, None
+    given = {"batch_dims": dict(batch_dims or {}), "reductions": dict(reductions or {})}
     try:
+        if schedule != "three_phase":
+            raise LayoutError(f"schedule {schedule!r} is not known: write schedule='three_phase'")
         plain = {name: as_layout(name, layout) for name, layout in layouts.items()}
         check_world(plain, dist.get_world_size() if dist.is_initialized() else None)
-        if groups is not None and groups.layouts != plain:
-            raise LayoutError(
-                f"groups were opened for {layouts_text(groups.layouts)}, the layouts are "
-                f"{layouts_text(plain)}. Open them with the same layouts."
-            )
-        graph = _build(model, plain, example_inputs, batch_dims or {}, reductions or {})
-    except Exception as problem:  # agreed on below, then raised on every rank
+        _check_groups(groups, plain)
+        graph = _build(model, plain, example_inputs, given["batch_dims"], given["reductions"])
+        found = graph, _specialized(graph)
+    except Exception as problem:  # noqa: BLE001 - agreed on below, then raised on every rank
         error = problem
-    text = "" if graph is None else _digest(graph)
+    text = "" if found is None else f"{_digest(found[0])}, groups {groups is not None}, {given}"
+    _agree("the compiled program", text, error)
+    assert found is not None
+    return Program(model, *found, groups, given["batch_dims"], timeout)
+
+
+def _agree(what: str, text: str, error: Exception | None) -> None:
+    """Return if all ranks bring the same ``text`` and none an ``error``; collective.
+
+    Raises: ``error`` itself where all ranks have the same, else a LayoutError that names the ranks.
+    """
     try:
-        agree("the compiled program", text, None if error is None else str(error) or repr(error))
+        agree(what, text, None if error is None else str(error) or repr(error))
     except LayoutError as problem:
-        if error is None or str(error) == str(problem):
-            raise (error or problem) from None
-        raise type(problem)(str(problem)) from error
-    assert graph is not None
-    return Program(model, graph, groups, dict(batch_dims or {}), timeout)
+        shared = problem
+    else:
+        return
+    if error is None:
+        raise shared
+    if str(error) == str(shared):
+        raise error
+    raise LayoutError(str(shared)) from error
+
+
+def _check_groups(groups: ProcessGroups | None, layouts: dict[str, Layout]) -> None:
+    if groups is None:
+        return
+    if not isinstance(groups, ProcessGroups):
+        raise LayoutError(
+            f"groups is a {type(groups).__name__}: give what colocc.process_groups(layouts) returns"
+        )
+    if groups.layouts != layouts:
+        raise LayoutError(
+            f"groups were opened for {layouts_text(groups.layouts)}, the layouts are "
+            f"{layouts_text(layouts)}. Open them with the same layouts."
+        )
+
+
+def _specialized(graph: Graph) -> Graph | None:
+    """The part of this rank; None where there are no ranks."""
+    if not dist.is_initialized():
+        return None
+    rank = dist.get_rank()
+    mine = passes.specialize(graph, rank=rank)
+    passes.check(mine, "specialize", (lambda graph, after: _dump(graph, after, rank),))
+    return mine
 
 
 def _build(
@@ -103,6 +137,7 @@ def _build(
     batch_dims: Mapping[str, int],
     overrides: Mapping[str, Reduction],
 ) -> Graph:
+    _check_options(model, layouts, batch_dims, overrides)
     traits = megatron.traits_of(model, example_inputs)
     targets = passes.capture_targets(model, layouts, traits)
     reductions = {
@@ -118,6 +153,36 @@ def _build(
         batch_dims=batch_dims,
         between=(_dump,),
     )
+
+
+def _check_options(
+    model: nn.Module,
+    layouts: dict[str, Layout],
+    batch_dims: Mapping[str, int],
+    reductions: Mapping[str, Reduction],
+) -> None:
+    """Raise LayoutError for options that nothing would read."""
+    inputs = list(inspect.signature(model.forward).parameters)
+    for name, dim in batch_dims.items():
+        if name not in inputs or isinstance(dim, bool) or not isinstance(dim, int) or dim < 0:
+            raise LayoutError(
+                f"batch_dims has {name!r}: {dim!r}; give the name of an input of "
+                f"{type(model).__name__}.forward ({', '.join(inputs)}) and a dim of at least 0"
+            )
+    for name, reduction in reductions.items():
+        if name not in layouts or reduction not in ("mean", "sum"):
+            raise LayoutError(
+                f"reductions has {name!r}: {reduction!r}; give the name of a layout "
+                f"({', '.join(layouts)}) and 'mean' or 'sum'"
+            )
+
+
+def _optional(model: nn.Module) -> frozenset[str]:
+    """The captured inputs that may be left out: those that the trace did not specialise on."""
+    if not megatron.is_mimo(model):
+        return frozenset()
+    parameters = inspect.signature(model.forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.default is not p.empty)
 
 
 def _digest(graph: Graph) -> str:
@@ -147,6 +212,7 @@ class Program:
         self,
         model: nn.Module,
         graph: Graph,
+        mine: Graph | None,
         groups: ProcessGroups | None,
         batch_dims: dict[str, int],
         timeout: timedelta,
@@ -154,18 +220,16 @@ class Program:
         self.model, self.graph, self.batch_dims = model, graph, batch_dims
         self.rank = dist.get_rank() if dist.is_initialized() else None
         self.groups, self._owns_groups = groups, False
-        parameters = inspect.signature(model.forward).parameters.values()
-        self._optional = frozenset(p.name for p in parameters if p.default is not p.empty)
-        self._agreed = False
+        self._optional = _optional(model)
+        self._agreed = self._destroyed = False
         self.cut: list[fx.Node] = []
         self.redistributions: dict[str, Redistribution] = {}
         self._members: tuple[tuple[int, ...], ...] = ()
-        if self.rank is not None:
-            self._bind(self.rank, timeout)
+        if self.rank is not None and mine is not None:
+            self._bind(self.rank, mine, timeout)
 
-    def _bind(self, rank: int, timeout: timedelta) -> None:
-        """Open the groups of the plans, in one order on all ranks, and cut out this rank's
-        graph."""
+    def _bind(self, rank: int, mine: Graph, timeout: timedelta) -> None:
+        """Open the groups of the plans, in one order on all ranks, and bind this rank's graph."""
         if self.groups is None and megatron.is_mimo(self.model):
             self.groups, self._owns_groups = (
                 process_groups(self.graph.layouts, timeout=timeout),
@@ -176,8 +240,6 @@ class Program:
             dict.fromkeys(group for plan in plans.values() for group in plan.member_lists())
         )
         opened = open_groups(self._members, timeout=timeout)
-        mine = passes.specialize(self.graph, rank=rank)
-        passes.check(mine, "specialize", (lambda graph, after: _dump(graph, after, rank),))
         self._mine = mine
         moves = self.redistributions
         for node in mine.fx.nodes:
@@ -283,21 +345,13 @@ class Program:
         Raises: LayoutError, before any collective, for batches that cannot be cut or modules that
         nothing would reduce.
         """
-        found, error = None, None
+        found, error, length = None, None, 0
         try:
-            if not megatron.is_mimo(self.model):
-                raise LayoutError(
-                    f"forward_backward runs Megatron's schedules, {type(self.model).__name__} is "
-                    "no "
-                    "MimoModel: call program(**batch) and loss.backward()"
-                )
+            self._check_trainable(forward_only)
             taken = self._take(batches, num_microbatches)
-            length = seq_length or taken[0]["input_ids"].shape[1]
-            if not forward_only:
-                for name, module in self.trainable().items():
-                    megatron.require_ddp(name, module)
             found = self._prepare(taken)
-        except LayoutError as problem:
+            length = seq_length or taken[0]["input_ids"].shape[1]
+        except Exception as problem:  # noqa: BLE001 - agreed on, then raised on every rank
             error = problem
         self._agree_once(found, error)
         assert found is not None
@@ -311,8 +365,24 @@ class Program:
             seq_length=length,
         )
 
+    def _check_trainable(self, forward_only: bool) -> None:
+        if not megatron.is_mimo(self.model):
+            raise LayoutError(
+                f"forward_backward runs Megatron's schedules, {type(self.model).__name__} is no "
+                "MimoModel: call program(**batch) and loss.backward()"
+            )
+        if forward_only:
+            return
+        if not torch.is_grad_enabled():
+            raise LayoutError(
+                "forward_backward was called under torch.no_grad(), so there is no backward: leave "
+                "no_grad, or write forward_only=True"
+            )
+        for name, module in self.trainable().items():
+            megatron.require_ddp(name, module)
+
     def _take(self, batches: Iterable[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if type(count) is not int or count < 1:
             raise LayoutError(f"num_microbatches is {count!r}: give an integer of at least 1")
         taken = list(islice(iter(batches), count))
         if len(taken) < count:
@@ -326,7 +396,7 @@ class Program:
         found, error = None, None
         try:
             found = self._prepare(microbatches)
-        except LayoutError as problem:
+        except Exception as problem:  # noqa: BLE001 - agreed on, then raised on every rank
             error = problem
         self._agree_once(found, error)
         assert found is not None
@@ -338,17 +408,19 @@ class Program:
                 "torch.distributed was not initialised when the program was compiled: it can be "
                 "printed, not run. Call init_process_group before compile()."
             )
+        if self._destroyed:
+            raise LayoutError("the program was destroyed: compile the model again")
         return Batches(self.graph, microbatches, self.rank, self.batch_dims, self._optional)
 
-    def _agree_once(self, batches: Batches | None, error: LayoutError | None) -> None:
+    def _agree_once(self, batches: Batches | None, error: Exception | None) -> None:
         """The first batch is compared across ranks: a rank with another batch is named, not waited
         for."""
         if self._agreed or self.rank is None:
             if error is not None:
                 raise error
             return
-        text = "" if batches is None else _fingerprint(batches.microbatches)
-        agree("the batch, which must be global", text, None if error is None else str(error))
+        text = "" if batches is None else fingerprint(batches.microbatches)
+        _agree("the batch, which must be global", text, error)
         self._agreed = True
 
     def trainable(self) -> dict[str, nn.Module]:
@@ -380,9 +452,9 @@ class Program:
 
     def destroy(self) -> None:
         """Give back the process groups that the program opened."""
-        if self.rank is not None:
-            close_groups(self._members)
-            self._members = ()
+        self._destroyed = True
+        close_groups(self._members)
+        self._members = ()
         if self._owns_groups and self.groups is not None:
             self.groups.destroy()
             self.groups, self._owns_groups = None, False
@@ -392,18 +464,3 @@ class Program:
 
     def __exit__(self, *exc: object) -> None:
         self.destroy()
-
-
-def _fingerprint(microbatches: Iterable[Mapping[str, Any]]) -> str:
-    """Names, shapes and a digest of the content of a step's batches."""
-    digest, shapes = hashlib.sha256(), []
-    for batch in microbatches:
-        leaves, spec = pytree.tree_flatten(dict(batch))
-        digest.update(str(spec).encode())
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor):
-                shapes.append(list(leaf.shape))
-                digest.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(repr(leaf).encode())
-    return f"shapes {shapes[:6]} content {digest.hexdigest()[:16]}"

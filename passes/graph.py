@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
-from torch import fx
+import torch
+import torch.fx
 
 from colocc.layout import Layout
 from colocc.passes.solve.plan import Plan
@@ -69,7 +70,7 @@ class Graph:
     ``reductions`` says how each module's gradients are reduced over its dp axis.
     """
 
-    fx: fx.Graph
+    fx: torch.fx.Graph
     name: str
     layouts: dict[str, Layout]
     targets: dict[str, str]
@@ -84,16 +85,16 @@ class Graph:
         return next(iter(self.layouts.values())).size
 
     @property
-    def nodes(self) -> list[fx.Node]:
+    def nodes(self) -> list[torch.fx.Node]:
         return list(self.fx.nodes)
 
-    def module_of(self, node: fx.Node) -> str | None:
+    def module_of(self, node: torch.fx.Node) -> str | None:
         """The name in ``layouts`` that a call_module node calls, None for any other node."""
         if node.op != "call_module":
             return None
         return next((n for n, path in self.targets.items() if path == node.target), None)
 
-    def plan_of(self, node: fx.Node) -> Plan | None:
+    def plan_of(self, node: torch.fx.Node) -> Plan | None:
         return self.plans.get(node.name) if node.op == "call_module" else None
 
     def scale(self, src: str, dst: str) -> Fraction:
@@ -109,11 +110,11 @@ class Graph:
         }
         return Fraction(divisor[src], divisor[dst])
 
-    def placeholders(self) -> list[fx.Node]:
+    def placeholders(self) -> list[torch.fx.Node]:
         return [node for node in self.fx.nodes if node.op == "placeholder"]
 
-    def output(self) -> fx.Node:
-        return next(node for node in reversed(self.fx.nodes) if node.op == "output")
+    def output(self) -> torch.fx.Node:
+        return self.fx.output_node()
 
 
 def first_type(types: Any) -> Type | None:
@@ -127,9 +128,9 @@ def first_type(types: Any) -> Type | None:
     return None
 
 
-def depends(graph: Graph) -> dict[fx.Node, set[fx.Node]]:
+def depends(graph: Graph) -> dict[torch.fx.Node, set[torch.fx.Node]]:
     """For every node, all nodes that its value is made from."""
-    made_from: dict[fx.Node, set[fx.Node]] = {}
+    made_from: dict[torch.fx.Node, set[torch.fx.Node]] = {}
     for node in graph.fx.nodes:
         made_from[node] = set()
         for source in node.all_input_nodes:

@@ -56,13 +56,12 @@ def find_sink(graph: Graph) -> str:
         if name not in called:
             raise CaptureError(
                 f"layouts names {name!r} ({graph.targets[name]}), but {graph.name}.forward never "
-                "calls "
-                "it. Remove it from layouts, or call it."
+                "calls it. Remove it from layouts, or call it."
             )
     feeding: set[str | None] = set()
-    for name, node in calls:
-        feeding |= {graph.module_of(n) for n in _ancestors(node)} - {None, name}
-    last = [name for name, _ in calls if name is not None and name not in feeding]
+    for caller, node in calls:
+        feeding |= {graph.module_of(n) for n in _ancestors(node)} - {None, caller}
+    last = [caller for caller, _ in calls if caller is not None and caller not in feeding]
     if not last:
         raise CaptureError(
             f"{graph.name}.forward calls its modules in a circle: {sorted(feeding, key=str)}"

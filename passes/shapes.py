@@ -142,11 +142,10 @@ class _World:
         answer = rule(kwargs, layout)
         if answer is None:
             return False
-        is_shape = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)  # noqa: E731
         self.values[node] = pytree.tree_map(
-            lambda x: torch.empty(x[1], dtype=TORCH_DTYPES[x[0]]) if is_shape(x) else x,
+            lambda x: torch.empty(x[1], dtype=TORCH_DTYPES[x[0]]) if _is_shape(x) else x,
             answer,
-            is_leaf=is_shape,
+            is_leaf=_is_shape,
         )
         return True
 
@@ -167,6 +166,11 @@ class _World:
                 f"{node.meta['line'] or node.name}: {type(error).__name__}: {error}\n"
                 f"  seen while finding shapes for a batch of {self.scale}x the example's size"
             ) from error
+
+
+def _is_shape(value: Any) -> bool:
+    """Whether a rule's answer is (dtype, shape)."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

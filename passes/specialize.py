@@ -28,7 +28,7 @@ def specialize(graph: Graph, *, rank: int) -> Graph:
             new = mine.fx.output(made[call])
             new.meta = dict(node.meta)
         elif node.op == "output" or node.meta["stage"] in runs:
-            new = mine.fx.node_copy(node, lambda source: made[source])  # type: ignore[arg-type,return-value]
+            new = mine.fx.node_copy(node, lambda source: made[source])
             new.meta = dict(node.meta)
             _keep_name(new, node.name)
             made[node] = new

@@ -7,7 +7,8 @@ replicas, microbatch by microbatch: position p is sample ``p % (M*b)`` of replic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -209,3 +210,21 @@ def check_divides(graph: Graph, microbatches: int, size: int) -> None:
                 f"into {replica} equal parts: {share} % {replica} = {share % replica}. "
                 f"Make the step a multiple of {units} samples."
             )
+
+
+def fingerprint(microbatches: Iterable[Mapping[str, Any]]) -> str:
+    """Names, shapes and a digest of the content of a step's batches."""
+    digest, shapes = hashlib.sha256(), []
+    for batch in microbatches:
+        leaves, spec = pytree.tree_flatten(dict(batch))
+        digest.update(str(spec).encode())
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                shapes.append(list(leaf.shape))
+                flat = leaf.detach().cpu().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
+            else:
+                # The repr of an object may hold its address, which differs between ranks.
+                plain = isinstance(leaf, (bool, int, float, str, type(None)))
+                digest.update((repr(leaf) if plain else type(leaf).__name__).encode())
+    return f"shapes {shapes[:6]} content {digest.hexdigest()[:16]}"

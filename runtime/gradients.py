@@ -31,4 +31,4 @@ def finalize(program: Program, tokens: torch.Tensor | None, *, force_all_reduce:
             module, program.collection(name), force_all_reduce=force_all_reduce
         )
         if divisor is not None:
-            module.scale_gradients(divisor)
+            megatron.scale_gradients(module, divisor)

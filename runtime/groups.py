@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from torch.distributed.device_mesh import DeviceMesh
 
-    AnyLayout = Layout | HyperCommGrid | DeviceMesh
+    type AnyLayout = Layout | HyperCommGrid | DeviceMesh
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 Members = tuple[int, ...]

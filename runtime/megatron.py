@@ -35,7 +35,7 @@ def is_mimo(model: nn.Module) -> bool:
     return base is not None and isinstance(model, base.MimoModel)
 
 
-def traits_of(model: nn.Module, example_inputs: Mapping[str, Any] | None) -> Traits:
+def traits_of(model: Any, example_inputs: Mapping[str, Any] | None) -> Traits:
     """What is known of ``model`` beforehand: everything of a MimoModel, nothing of other models."""
     if not is_mimo(model):
         return Traits()
@@ -138,8 +138,9 @@ def reduction_of(name: str, module: nn.Module) -> Reduction:
     """
     for part in module.modules():
         config = getattr(part, "config", None)
-        if hasattr(config, "calculate_per_token_loss"):
-            return "sum" if config.calculate_per_token_loss else "mean"
+        per_token = getattr(config, "calculate_per_token_loss", None)
+        if per_token is not None:
+            return "sum" if per_token else "mean"
     return "mean"
 
 
@@ -227,6 +228,11 @@ def global_tokens(tokens: torch.Tensor, collection: ProcessGroupCollection) -> t
     total = tokens.clone() if counts else torch.zeros_like(tokens)
     dist.all_reduce(total)
     return total
+
+
+def scale_gradients(module: Any, factor: torch.Tensor) -> None:
+    """Multiply the gradients that DDP holds by ``factor``."""
+    module.scale_gradients(factor)
 
 
 def finish_gradients(

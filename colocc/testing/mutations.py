@@ -115,7 +115,8 @@ def _local_tokens(program: Program) -> contextlib.AbstractContextManager[Any]:
     def local(tokens: torch.Tensor, collection: Any) -> torch.Tensor:
         total = tokens.clone()
         dist.all_reduce(total, group=collection.mp)
-        return total // collection.tp.size() * collection.dp_cp.size()
+        replicas: int = collection.dp_cp.size()
+        return total // collection.tp.size() * replicas
 
     return mock.patch.object(megatron, "global_tokens", local)
 

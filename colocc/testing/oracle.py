@@ -89,7 +89,8 @@ def oracle(
     ``replicas`` is the language module's dp: with mean losses each replica's mean counts alike, so
     the batch is cut as it would be. ``loss_func`` is the one that forward_backward gets.
     """
-    run, total, tokens, seen = Run(loss=0.0), 0.0, 0, []
+    run, total, tokens = Run(loss=0.0), 0.0, 0
+    seen: list[torch.Tensor] = []
     model.zero_grad(set_to_none=True)
     cuts = [
         (index, replica, _cut(batch, replica, replicas))

@@ -118,7 +118,8 @@ def steps_on_rank(
 
 
 def _zero(program: colocc.Program) -> None:
-    for module in program.trainable().values():
+    modules: list[Any] = list(program.trainable().values())
+    for module in modules:
         module.zero_grad_buffer()
 
 
@@ -348,9 +349,8 @@ def forward_only_on_rank(_: int, layouts: dict[str, Layout]) -> tuple[list[Any],
             logs = program.forward_backward(
                 batches(3), num_microbatches=3, loss_func=mimo.loss_func, forward_only=True
             )
-            untouched = all(
-                not p.main_grad.any() for m in program.trainable().values() for p in m.parameters()
-            )
+            modules: list[Any] = list(program.trainable().values())
+            untouched = all(not p.main_grad.any() for m in modules for p in m.parameters())
             return [log["loss"] for log in logs], untouched
 
 
