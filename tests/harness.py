@@ -31,6 +31,7 @@ PRELOAD = (
     "torch._dynamo",
     "torch.distributed._functional_collectives",
     "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.models.mimo",
     "megatron.core.optimizer",

@@ -84,7 +84,7 @@ def test_no_gpu_is_claimed() -> None:
 
 
 def originals() -> list[Any]:
-    return [getattr(owner, name) for owner, name, _ in cpu._replacements()]
+    return [vars(owner)[name] for owner, name, _ in cpu._replacements()]
 
 
 def test_off_restores_every_original() -> None:
@@ -207,6 +207,25 @@ def open_groups(rank: int) -> list[str]:
 
 def test_nccl_means_gloo() -> None:
     assert run_threads(2, open_groups) == [["gloo"] * 3] * 2
+
+
+def coalesced(rank: int) -> tuple[list[float], list[float]]:
+    halves = [torch.empty(1), torch.empty(1)]
+    wholes = [torch.empty(2), torch.empty(2)]
+    with cpu.ranks():
+        with dist.distributed_c10d._coalescing_manager(async_ops=True) as pending:
+            for half, whole in zip(halves, ([1.0, 2.0], [3.0, 4.0]), strict=True):
+                dist.reduce_scatter_tensor(half, torch.tensor(whole) * (rank + 1), async_op=True)
+        pending.wait()
+        with dist.distributed_c10d._coalescing_manager():
+            for whole_out, half in zip(wholes, halves, strict=True):
+                dist.all_gather_into_tensor(whole_out, half)
+    return torch.cat(halves).tolist(), torch.cat(wholes).tolist()
+
+
+def test_the_distributed_optimizer_s_collectives() -> None:
+    everything = [3.0, 6.0, 9.0, 12.0]
+    assert run_threads(2, coalesced) == [([3.0, 9.0], everything), ([6.0, 12.0], everything)]
 
 
 def test_the_default_group_too() -> None:
