@@ -155,8 +155,7 @@ def check_glue(graph: Graph) -> None:
                     f"{node.meta['line'] or node.name}: {node.name} runs on "
                     f"{node.meta['module']} and "
                     f"reads {source.name}, the batch size that {source.meta['module']}'s ranks "
-                    "see. "
-                    f"Take it from a tensor that {node.meta['module']} reads."
+                    f"see. Take it from a tensor that {node.meta['module']} reads."
                 )
         if node not in after and _is_glue(graph, node) and _reads_batch(node):
             _check(node)
@@ -203,9 +202,8 @@ def _check(node: fx.Node) -> None:
             return
     raise CaptureError(
         f"{node.meta['line'] or node.name}: {name} on a tensor that is split by sample may mix "
-        "samples: "
-        f"each rank sees only some of them ({_signature(node)}). Keep samples apart, or, if it "
-        "does, "
+        f"samples: each rank sees only some of them ({_signature(node)}). Keep samples apart, "
+        "or, if it does, "
         "move it into a function marked @colocc.leaf or a module that the layouts name."
     )
 

@@ -23,7 +23,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -33,13 +33,12 @@ from colocc.errors import CaptureError, LayoutError
 from colocc.layout import Layout
 from colocc.passes.graph import Graph, Traits
 
-F = TypeVar("F", bound=Callable[..., Any])
 _LIBRARIES = tuple(os.path.dirname(os.path.realpath(path)) for path in (torch.__file__, __file__))
 # torch.fx replaces nn.Module.__call__ while it traces, for all threads: no other may run a module.
 TRACING = threading.RLock()
 
 
-def leaf(fn: F) -> F:
+def leaf[F: Callable[..., Any]](fn: F) -> F:
     """``fn`` as one opaque call of the captured graph, for glue that looks at values.
 
     It must treat every sample on its own: row i of its result may depend on row i of its arguments.
@@ -100,8 +99,7 @@ def find_targets(model: nn.Module, layouts: Mapping[str, Layout], traits: Traits
         if inside:
             raise LayoutError(
                 f"layouts names both {name!r} ({path}) and {inside[0]!r} ({targets[inside[0]]}), "
-                "which "
-                "is part of it. Give each parameter one layout."
+                "which is part of it. Give each parameter one layout."
             )
     return targets
 
@@ -142,8 +140,7 @@ def _bind(
     if unknown:
         raise CaptureError(
             f"example_inputs has {unknown[0]!r}, which {type(model).__name__}.forward does not "
-            "take; "
-            f"it takes {', '.join(bound)}"
+            f"take; it takes {', '.join(bound)}"
         )
     return bound
 
@@ -296,8 +293,7 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
     return CaptureError(
         f"{type(model).__name__}.forward cannot be traced: {problem}.\n  {where}\n"
         "  Move that code into a function marked @colocc.leaf (it must treat every sample on its "
-        "own), "
-        "or into a module that the layouts name."
+        "own), or into a module that the layouts name."
     )
 
 

@@ -66,8 +66,7 @@ def _bridge(graph: Graph, node: fx.Node, module: str) -> None:
     if module != graph.sink:
         raise LayoutError(
             f"{module} ({dst}) reads {node.name} of {source} ({src}): between two encoders the "
-            "layouts "
-            f"must be one, only {graph.sink} may differ. Write {module} as {src}."
+            f"layouts must be one, only {graph.sink} may differ. Write {module} as {src}."
         )
     plan = solve((source, src), (module, dst), scale=scale)
     if not plan.moves:

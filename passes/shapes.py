@@ -209,8 +209,7 @@ def _types_of(
         if len(found) > 1 or any(b.shape[i] != 2 * a.shape[i] or a.shape[i] % batch for i in found):
             raise CaptureError(
                 f"{node.meta['line'] or node.name}: the result is {list(a.shape)} for {batch} "
-                "samples "
-                f"and {list(b.shape)} for {2 * batch}; one dim must grow with the samples. "
+                f"samples and {list(b.shape)} for {2 * batch}; one dim must grow with the samples. "
                 "Keep samples apart, or move the code into a module that the layouts name."
             )
         dims = [Dim(1, size) for size in a.shape]

@@ -169,6 +169,24 @@ def agree(what: str, text: str, error: str | None = None) -> None:
         )
 
 
+def agree_on(what: str, text: str, error: Exception | None) -> None:
+    """Return if all ranks bring the same ``text`` and none an ``error``; collective.
+
+    Raises: ``error`` itself where all ranks have the same, else a LayoutError that names the ranks.
+    """
+    try:
+        agree(what, text, None if error is None else str(error) or repr(error))
+    except LayoutError as problem:
+        shared = problem
+    else:
+        return
+    if error is None:
+        raise shared
+    if str(error) == str(shared):
+        raise error
+    raise LayoutError(str(shared)) from error
+
+
 def _ranks(ranks: list[int]) -> str:
     name = "rank" if len(ranks) == 1 else "ranks"
     return f"{name} {', '.join(map(str, ranks))}"

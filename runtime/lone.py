@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Work, _create_work_from_future
+from torch._C import _distributed_c10d as c10d
+from torch._C._distributed_c10d import Work
 from torch.futures import Future
 
 BACKEND = "colocc_lone"
@@ -24,7 +25,8 @@ Tensors = list[torch.Tensor]
 def _done(result: Any) -> Work:
     future: Future[Any] = Future()
     future.set_result(result)
-    return _create_work_from_future(future)
+    work: Work = c10d._create_work_from_future(future)  # type: ignore[attr-defined]
+    return work
 
 
 def _copy(outputs: Tensors, inputs: Tensors) -> Work:

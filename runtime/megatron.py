@@ -4,6 +4,7 @@ optimizer."""
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,14 @@ def traits_of(model: Any, example_inputs: Mapping[str, Any] | None) -> Traits:
         outputs=outputs | {LANGUAGE: shapes.language},
         disabled=("colocated_comms",),
     )
+
+
+def optional_inputs(model: nn.Module) -> frozenset[str]:
+    """The captured inputs that may be left out: those that the trace did not specialise on."""
+    if not is_mimo(model):
+        return frozenset()
+    parameters = inspect.signature(model.forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.default is not p.empty)
 
 
 class _Shapes:
@@ -277,7 +286,6 @@ def require_ddp(name: str, module: nn.Module) -> None:
     if not is_ddp(module):
         raise LayoutError(
             f"{name} has parameters to train and is no Megatron DistributedDataParallel: nothing "
-            "would "
-            f"reduce its gradients. Wrap it: DistributedDataParallel(config, ddp_config, module, "
-            f"pg_collection=groups[{name!r}])"
+            f"would reduce its gradients. Wrap it: DistributedDataParallel(config, ddp_config, "
+            f"module, pg_collection=groups[{name!r}])"
         )

@@ -116,7 +116,8 @@ def _local_tokens(program: Program) -> contextlib.AbstractContextManager[Any]:
         total = tokens.clone()
         dist.all_reduce(total, group=collection.mp)
         replicas: int = collection.dp_cp.size()
-        return total // collection.tp.size() * replicas
+        scaled: torch.Tensor = total // collection.tp.size() * replicas
+        return scaled
 
     return mock.patch.object(megatron, "global_tokens", local)
 

@@ -83,8 +83,8 @@ def check_pair(src: tuple[str, Layout], dst: tuple[str, Layout]) -> None:
     if src_layout.pp > 1:
         raise LayoutError(
             f"{src_name} ({src_layout}) feeds {dst_name} and has pp{src_layout.pp}: an encoder "
-            "runs "
-            f"with pp1. Write tp{src_layout.tp} dp{src_layout.dp * src_layout.pp} for {src_name}."
+            f"runs with pp1. Write tp{src_layout.tp} dp{src_layout.dp * src_layout.pp} for "
+            f"{src_name}."
         )
     larger, smaller = max(src_layout.dp, dst_layout.dp), min(src_layout.dp, dst_layout.dp)
     if larger % smaller:
@@ -92,10 +92,8 @@ def check_pair(src: tuple[str, Layout], dst: tuple[str, Layout]) -> None:
         fits = [n for n in fits if n % dst_layout.dp == 0 or dst_layout.dp % n == 0]
         raise LayoutError(
             f"{src_name} ({src_layout}) has {src_layout.dp} dp slots, {dst_name} ({dst_layout}) "
-            "has "
-            f"{dst_layout.dp}: {larger} % {smaller} = {larger % smaller}, neither divides the "
-            "other. "
-            f"Give {src_name} dp {' or '.join(map(str, fits))}."
+            f"has {dst_layout.dp}: {larger} % {smaller} = {larger % smaller}, neither divides the "
+            f"other. Give {src_name} dp {' or '.join(map(str, fits))}."
         )
 
 
@@ -152,9 +150,8 @@ def steps(have: Holding, need: Holding) -> tuple[Step, ...]:
         if any(len(intervals) != 1 for intervals in to.values()):
             raise LayoutError(
                 f"{have.module} ({have.layout}) -> {need.module} ({need.layout}): rank {rank} "
-                "would "
-                "send several runs of samples to one peer, which this version does not cover. "
-                "Write both layouts in one order."
+                "would send several runs of samples to one peer, which this version does not "
+                "cover. Write both layouts in one order."
             )
         flat.append(tuple((peer, *to[peer][0]) for peer in sorted(to)))
     return (Step("all_to_all", groups, sends=tuple(flat)),)
