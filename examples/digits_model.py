@@ -40,7 +40,7 @@ class Sizes:
     ffn: int = 128
     heads: int = 8
     vision_layers: int = 2
-    language_layers: int = 4
+    language_layers: int = 2
     gain: float = 1.0
 
 
@@ -50,7 +50,9 @@ class VisionTransformer(MegatronModule):
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config=config)
         dtype = config.params_dtype
-        self.patches = torch.nn.Linear(digits_data.PATCH**2, config.hidden_size, dtype=dtype)
+        self.patches = torch.nn.Linear(
+            digits_data.PATCH**2, config.hidden_size, bias=False, dtype=dtype
+        )
         self.positions = torch.nn.Parameter(
             torch.zeros(digits_data.PATCHES, config.hidden_size, dtype=dtype)
         )
@@ -146,9 +148,7 @@ def vision_spec(config: TransformerConfig, groups: ProcessGroupCollection) -> Mo
             "tp_group": groups.tp,
         },
     )
-    vit = ModuleSpec(
-        module=VisionTransformer, params={"config": config, "pg_collection": groups}
-    )
+    vit = ModuleSpec(module=VisionTransformer, params={"config": config, "pg_collection": groups})
     return ModuleSpec(
         module=VisionModalitySubmodules,
         params={"pg_collection": groups},
@@ -164,9 +164,7 @@ def data_parallel(
     return DistributedDataParallel(config, ddp_config, module, pg_collection=groups)
 
 
-def fill(
-    module: torch.nn.Module, groups: ProcessGroupCollection, gain: float, seed: int
-) -> None:
+def fill(module: torch.nn.Module, groups: ProcessGroupCollection, gain: float, seed: int) -> None:
     """Fill every matrix from a generator seeded by its global name; this rank keeps its slice.
 
     Vectors keep Megatron's ones and zeros, which no layout changes.
@@ -195,7 +193,7 @@ def global_names(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
     for name, weight in module.named_parameters():
         for prefix, number in numbers.items():
             if name.startswith(f"{prefix}."):
-                name = f"{prefix.rpartition('.')[0]}.{number}{name[len(prefix):]}"
+                name = f"{prefix.rpartition('.')[0]}.{number}{name[len(prefix) :]}"
                 break
         yield name, weight
 
