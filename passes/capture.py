@@ -20,6 +20,7 @@ import inspect
 import linecache
 import operator
 import os
+import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -179,7 +180,7 @@ class _Tracer(fx.Tracer):
                 self._watch_forward(model.get_submodule(path), undo)
             for glue in self.traits.glue:
                 if hasattr(model, glue.method):
-                    self._watch_method(model, Method(glue.method, glue.stage), undo)
+                    self._watch_method(model, Method(glue.method, glue.stage), glue.label, undo)
             for attribute in self.traits.disabled:
                 kept = getattr(model, attribute)
                 setattr(model, attribute, type(kept)())
@@ -198,14 +199,16 @@ class _Tracer(fx.Tracer):
         object.__setattr__(module, "forward", watched)
         undo.callback(module.__dict__.pop, "forward")
 
-    def _watch_method(self, model: nn.Module, call: Method, undo: contextlib.ExitStack) -> None:
+    def _watch_method(
+        self, model: nn.Module, call: Method, label: str, undo: contextlib.ExitStack
+    ) -> None:
         name = call.name
         method = getattr(model, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if _tracer_of(args, kwargs) is self:
                 bound = inspect.signature(method).bind(*args, **kwargs)
-                return self.create_proxy("call_function", call, (), bound.arguments, name=name)
+                return self.create_proxy("call_function", call, (), bound.arguments, name=label)
             return method(*args, **kwargs)
 
         object.__setattr__(model, name, watched)
@@ -234,7 +237,10 @@ class _Tracer(fx.Tracer):
             raise
         except Exception as error:  # whatever the user's forward does with a traced value
             raise _explain(error, model) from error
+        names = {path: name for name, path in self.targets.items()}
         for node in graph.nodes:
+            if node.op == "call_module" and node.target in names:
+                node._rename(re.sub(r"\W", "_", names[str(node.target)]))
             node.meta["line"] = _line(node.stack_trace)
             if node.op == "call_module":
                 node.meta["kind"] = type(model.get_submodule(str(node.target))).__name__

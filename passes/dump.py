@@ -18,6 +18,8 @@ from colocc.passes.solve.plan import Plan, Step
 from colocc.types import Type
 
 SHOWN_GROUPS = 8
+CALL_WIDTH = 40
+LINE_WIDTH = 90
 PASSES = ("capture", "propagate", "redistribute", "phases", "specialize")
 
 
@@ -99,6 +101,8 @@ def _typed(node: fx.Node, shown: list[Type]) -> list[str]:
         return ["", module, ""]
     more = f" +{len(shown) - 1}" if len(shown) > 1 else ""
     held = {"first": " pp0", "last": " last pp"}.get(str(node.meta.get("stage", "")), "")
+    if shown[0].stages is not None:
+        held = " pp" + ",".join(map(str, shown[0].stages))
     return [str(shown[0]) + more, module + held, shown[0].local()]
 
 
@@ -113,7 +117,7 @@ def _call(graph: Graph, node: fx.Node) -> str:
     elif node.op == "call_module":
         name = graph.module_of(node) or name
     text = f"{name}({', '.join(arguments)})"
-    return text if len(text) <= 72 else text[:69] + "..."
+    return _short(text, CALL_WIDTH)
 
 
 def _value(value: Any) -> str:
@@ -153,7 +157,12 @@ def _plan_lines(graph: Graph, node: fx.Node) -> list[str]:
         why = ", ".join(f"{n} takes the {how}" for n, how in reductions.items())
         rows.append(["bwd", f"scale x{plan.scale}", "", f"{why} over dp"])
     lines += _table(rows, indent="+   ")
-    return [*lines, f"+   at   {node.meta['line']}"] if node.meta.get("line") else lines
+    line = str(node.meta.get("line", ""))
+    return [*lines, f"+   at    {_short(line, LINE_WIDTH)}"] if line else lines
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _step(step: Step, title: str, plan: Plan) -> str:

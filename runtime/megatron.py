@@ -48,11 +48,13 @@ def traits_of(model: Any, example_inputs: Mapping[str, Any] | None) -> Traits:
     names = tuple(model.modality_submodules)
     shapes = _Shapes(model, example_inputs or {})
     glue = [
-        Glue("get_text_embeddings", LANGUAGE, shapes.text),
-        Glue("align_embeddings_by_token_positions", LANGUAGE, shapes.merged),
+        Glue("get_text_embeddings", "text", LANGUAGE, shapes.text),
+        Glue("align_embeddings_by_token_positions", "merged", LANGUAGE, shapes.merged),
     ]
     if model.partition_adapter is not None:
-        glue.append(Glue("_shard_language_inputs", LANGUAGE, shapes.sharded, stage="all"))
+        glue.append(
+            Glue("_shard_language_inputs", "sharded", LANGUAGE, shapes.sharded, stage="all")
+        )
     outputs: dict[str, Callable[[Mapping[str, Any], Layout], Any]] = {
         name: shapes.encoded(name) for name in names
     }

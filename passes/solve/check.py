@@ -4,12 +4,15 @@ Nothing of the planner is imported, so a mistake there cannot hide here. What is
 layouts at hand and every batch whose samples divide by ``plan.units``:
 
 - the slots cut the step's samples: each unit is in one slot, every slot is equally long;
+- what the plan says of its reader is what the reader's layout says;
 - forward, each reader ends with the samples of its own dp replica, all of them, once, in order, and
   a rank of another stage ends with nothing;
 - backward, each source rank ends with the gradient of exactly the samples that it holds, each
   exactly once, taken from a rank that has the gradient (not zero copies, not tp of them), in order:
   the transpose of forward where the gradient of a replicated value is replicated;
-- every group is ascending, groups of a step share no rank, and nothing is sent outside its group,
+- each unit comes from the rank itself or one of its own tp and cp coordinates where it is held, so
+  replicas share the load and a rank's gradient starts from its own copy;
+- every step changes something, every group is ascending, groups of a step share no rank, and nothing is sent outside its group,
   so every rank issues the same collectives in the same order whatever the data.
 """
 
@@ -30,8 +33,9 @@ def check(plan: Plan, *, scale: Fraction | None = None) -> None:
     """
     try:
         _check_slots(plan)
-        _check_direction("forward", plan.forward, _buffers(plan.src), _wanted(plan))
-        _check_direction("backward", plan.backward, _wanted(plan), _buffers(plan.src))
+        _check_reader(plan)
+        _check_direction("forward", plan.forward, plan.src, plan.dst)
+        _check_direction("backward", plan.backward, plan.dst, plan.src)
         if scale is not None and plan.scale != scale:
             raise VerifyError(f"the gradient is scaled by {plan.scale}, not by {scale}")
     except (VerifyError, IndexError, ValueError) as error:
@@ -56,16 +60,33 @@ def _check_slots(plan: Plan) -> None:
         raise VerifyError(f"{plan.src.layout.dp} equal slots wanted, their lengths are {lengths}")
 
 
-def _check_direction(
-    name: str, steps: tuple[Step, ...], start: list[Buffer], end: list[Buffer]
-) -> None:
-    buffers = start
+def _check_reader(plan: Plan) -> None:
+    for rank, (says, want) in enumerate(zip(_buffers(plan.dst), _wanted(plan), strict=True)):
+        if says != want:
+            raise VerifyError(f"rank {rank} is said to read units {says}, it needs {want}")
+    if len(plan.dst.slots) != plan.dst.layout.dp:
+        raise VerifyError(f"{plan.dst.layout.dp} slots read, the plan has {len(plan.dst.slots)}")
+
+
+def _check_direction(name: str, steps: tuple[Step, ...], start: Holding, end: Holding) -> None:
+    buffers = [[(unit, rank) for unit in held] for rank, held in enumerate(_buffers(start))]
     for step in steps:
         _check_groups(step, len(buffers))
-        buffers = run(step, buffers)
-    for rank, (got, want) in enumerate(zip(buffers, end, strict=True)):
-        if got != want:
-            raise VerifyError(f"{name}, rank {rank} ends with units {got}, it needs {want}")
+        after = run(step, buffers)
+        if after == buffers:
+            raise VerifyError(f"{name}, a {step.kind} changes nothing")
+        buffers = after
+    lanes = [start.layout.coordinates(axis).tolist() for axis in ("tp", "cp")]
+    for rank, (got, want) in enumerate(zip(buffers, _buffers(end), strict=True)):
+        units = [unit for unit, _ in got]
+        if units != want:
+            raise VerifyError(f"{name}, rank {rank} ends with units {units}, it needs {want}")
+        for unit, origin in got:
+            if any(lane[origin] != lane[rank] for lane in lanes):
+                raise VerifyError(
+                    f"{name}, rank {rank} takes unit {unit} from rank {origin}, which has another tp "
+                    f"or cp coordinate in {start.layout}"
+                )
 
 
 def _check_groups(step: Step, world: int) -> None:
@@ -80,14 +101,14 @@ def _check_groups(step: Step, world: int) -> None:
         raise VerifyError(f"{step.kind} over groups {step.groups}")
 
 
-def run(step: Step, buffers: list[Buffer]) -> list[Buffer]:
+def run[T](step: Step, buffers: list[list[T]]) -> list[list[T]]:
     """What every rank holds after ``step``, from what every rank held before it."""
     if step.kind == "narrow":
         return [
-            [unit for start, stop in keeps for unit in _cut(buffer, start, stop)]
+            [item for start, stop in keeps for item in _cut(buffer, start, stop)]
             for buffer, keeps in zip(buffers, step.keeps, strict=True)
         ]
-    after: list[Buffer] = [[] for _ in buffers]
+    after: list[list[T]] = [[] for _ in buffers]
     if step.kind == "all_gather":
         after = [list(buffer) for buffer in buffers]
         for group in step.groups:
@@ -107,7 +128,7 @@ def run(step: Step, buffers: list[Buffer]) -> list[Buffer]:
     return after
 
 
-def _cut(buffer: Buffer, start: int, stop: int) -> Buffer:
+def _cut[T](buffer: list[T], start: int, stop: int) -> list[T]:
     if not 0 <= start < stop <= len(buffer):
         raise VerifyError(f"interval {start}:{stop} of a buffer of {len(buffer)} units")
     return buffer[start:stop]
