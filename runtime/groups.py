@@ -6,7 +6,9 @@ a rank with another layout is named in under a second instead of hanging all of 
 
 from __future__ import annotations
 
+import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -68,25 +70,23 @@ class _Registry:
     adopted: set[Key] = field(default_factory=set)
 
 
-# A rank may be a thread of a process with a default group of its own, so the key is the group.
-_registries: dict[int, tuple[dist.ProcessGroup, _Registry]] = {}
+# A rank may be a thread with a default group of its own, so that is the key; it is weak, so that
+# what was open goes with its world.
+_registries: weakref.WeakKeyDictionary[dist.ProcessGroup, _Registry] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def _registry() -> _Registry:
+    world = _default()
+    with _lock:
+        return _registries.setdefault(world, _Registry())
+
+
+def _default() -> dist.ProcessGroup:
     world = dist.group.WORLD
     if world is None:
         raise LayoutError("torch.distributed is not initialised: call init_process_group first")
-    with _lock:
-        for key, (group, _) in list(_registries.items()):
-            if group is not world and _is_destroyed(group):
-                del _registries[key]
-        return _registries.setdefault(id(world), (world, _Registry()))[1]
-
-
-def _is_destroyed(group: dist.ProcessGroup) -> bool:
-    """Whether a default group has left its world; one of another thread's world counts as alive."""
-    return threading.active_count() == 1 and group is not dist.group.WORLD
+    return world
 
 
 def open_groups(
@@ -111,7 +111,7 @@ def open_groups(
                 registry.groups[key] = group
         registry.users[key] += 1
         if rank in members:
-            mine[members] = registry.groups[key]
+            mine[members] = registry.groups[key] if key in registry.groups else _default()
     return mine
 
 
@@ -120,14 +120,24 @@ def _open(key: Key, rank: int, world: int, timeout: timedelta) -> dist.ProcessGr
     if len(members) == 1 and world > 1:
         return open_lone(timeout) if rank in members else None
     if len(members) == world and use == "shared":
-        return dist.group.WORLD
+        return None  # the default group: the registry must not hold its own key
     # new_group is collective over the whole world, members or not.
     group = dist.new_group(list(members), timeout=timeout)
     return group if rank in members else None
 
 
-def close_groups(member_lists: Iterable[Members], *, use: Use = "shared") -> None:
-    """Give back what ``open_groups`` returned; a group closes with its last user."""
+def close_groups(
+    member_lists: Iterable[Members],
+    *,
+    use: Use = "shared",
+    world: weakref.ref[dist.ProcessGroup] | None = None,
+) -> None:
+    """Give back what ``open_groups`` returned; a group closes with its last user.
+
+    ``world`` is the default group under which they were opened: if it is gone, so are they.
+    """
+    if world is not None and (world() is None or world() is not dist.group.WORLD):
+        return
     registry = _registry()
     for members in dict.fromkeys(member_lists):
         key: Key = ("shared" if len(members) == 1 else use, members)
@@ -136,7 +146,7 @@ def close_groups(member_lists: Iterable[Members], *, use: Use = "shared") -> Non
             continue
         del registry.users[key]
         group = registry.groups.pop(key, None)
-        if group is None or group is dist.group.WORLD or key in registry.adopted:
+        if group is None or key in registry.adopted:
             continue
         dist.destroy_process_group(group)
 
@@ -219,6 +229,7 @@ class ProcessGroups(Mapping[str, "ProcessGroupCollection"]):
     def __init__(self, layouts: Mapping[str, Layout], timeout: timedelta) -> None:
         self.layouts = dict(layouts)
         self.timeout = timeout
+        self._world = weakref.ref(_default())
         shared: list[Members] = []
         pipelines: list[Members] = []
         for name, layout in self.layouts.items():
@@ -271,8 +282,8 @@ class ProcessGroups(Mapping[str, "ProcessGroupCollection"]):
 
     def destroy(self) -> None:
         """Give the groups back; those that no other ProcessGroups uses are destroyed."""
-        close_groups(self._members)
-        close_groups(self._pipelines, use="pipeline")
+        close_groups(self._members, world=self._world)
+        close_groups(self._pipelines, use="pipeline", world=self._world)
         self._members, self._pipelines = (), ()
         self._open, self._stages, self._collections = {}, {}, {}
 
@@ -310,14 +321,16 @@ def process_groups(
     world is not the product of a layout's axes.
     """
     plain: dict[str, Layout] = {}
+    found: list[dist.ProcessGroup] = []
     error = None
     try:
         plain = {name: as_layout(name, layout) for name, layout in layouts.items()}
         check_world(plain, dist.get_world_size() if dist.is_initialized() else None)
-    except LayoutError as problem:
-        error = str(problem)
-    agree("the layouts", layouts_text(plain), error)
-    _adopt(layouts.values())
+        found = _groups_at_hand(layouts.values())
+    except Exception as problem:  # noqa: BLE001 - agreed on, then raised on every rank
+        error = problem
+    agree_on("the layouts", layouts_text(plain), error)
+    _adopt(found)
     return ProcessGroups(plain, timeout)
 
 
@@ -362,30 +375,37 @@ def check_world(layouts: Mapping[str, Layout], world: int | None) -> int:
     return layouts[first].size
 
 
-def _adopt(sources: Iterable[Any]) -> None:
-    """Register the groups that the user's grids, meshes and parallel_state already have."""
+def _groups_at_hand(sources: Iterable[Any]) -> list[dist.ProcessGroup]:
+    """The groups that the user's grids, meshes and parallel_state already have."""
     found: list[dist.ProcessGroup] = []
     for source in sources:
         if hasattr(source, "rank_offset"):
             found += list(source._pgs.values())
         elif hasattr(source, "mesh_dim_names"):
             found += [source.get_group(axis) for axis in source.mesh_dim_names]
-    import sys
-
     if "megatron.core.parallel_state" in sys.modules:
         found += _parallel_state_groups()
+    return [group for group in found if group is not dist.group.WORLD]
+
+
+def _adopt(found: Iterable[dist.ProcessGroup]) -> None:
+    """Register groups that colocc did not open; let go those of an earlier call that are gone."""
     registry = _registry()
     # A rank may hold a group that another rank does not, so what is adopted is agreed on.
     mine = {tuple(dist.get_process_group_ranks(group)): group for group in found}
-    everyone = _union(mine)
-    for members in everyone:
-        key: Key = ("shared", members)
-        if key in registry.users:
+    everyone: set[Key] = {("shared", members) for members in _union(mine)}
+    for key in registry.adopted - everyone:
+        if registry.users[key] == 1:
+            del registry.users[key]
+            registry.groups.pop(key, None)
+            registry.adopted.discard(key)
+    for key in everyone:
+        if key in registry.users and key not in registry.adopted:
             continue
-        if members in mine:
-            registry.groups[key] = mine[members]
+        if key[1] in mine:
+            registry.groups[key] = mine[key[1]]
         registry.adopted.add(key)
-        registry.users[key] = 1
+        registry.users.setdefault(key, 1)
 
 
 def _parallel_state_groups() -> list[dist.ProcessGroup]:
