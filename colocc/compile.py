@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from itertools import islice
@@ -27,7 +28,7 @@ from colocc.runtime.execute import Executor
 from colocc.runtime.groups import (
     DEFAULT_TIMEOUT,
     ProcessGroups,
-    agree,
+    agree_on,
     as_layout,
     check_world,
     close_groups,
@@ -71,39 +72,27 @@ def compile(
     Raises: LayoutError, CaptureError, before any training step and on every rank alike.
     """
     found, error = None, None
-    given = {"batch_dims": dict(batch_dims or {}), "reductions": dict(reductions or {})}
+    dims: dict[str, int] = {}
+    means: dict[str, Reduction] = {}
     try:
+        dims, means = dict(batch_dims or {}), dict(reductions or {})
         if schedule != "three_phase":
             raise LayoutError(f"schedule {schedule!r} is not known: write schedule='three_phase'")
         plain = {name: as_layout(name, layout) for name, layout in layouts.items()}
         check_world(plain, dist.get_world_size() if dist.is_initialized() else None)
         _check_groups(groups, plain)
-        graph = _build(model, plain, example_inputs, given["batch_dims"], given["reductions"])
+        graph = _build(model, plain, example_inputs, dims, means)
         found = graph, _specialized(graph)
     except Exception as problem:  # noqa: BLE001 - agreed on below, then raised on every rank
         error = problem
-    text = "" if found is None else f"{_digest(found[0])}, groups {groups is not None}, {given}"
-    _agree("the compiled program", text, error)
+    text = (
+        ""
+        if found is None
+        else f"{_digest(found[0])}, groups {groups is not None}, {dims}, {means}"
+    )
+    agree_on("the compiled program", text, error)
     assert found is not None
-    return Program(model, *found, groups, given["batch_dims"], timeout)
-
-
-def _agree(what: str, text: str, error: Exception | None) -> None:
-    """Return if all ranks bring the same ``text`` and none an ``error``; collective.
-
-    Raises: ``error`` itself where all ranks have the same, else a LayoutError that names the ranks.
-    """
-    try:
-        agree(what, text, None if error is None else str(error) or repr(error))
-    except LayoutError as problem:
-        shared = problem
-    else:
-        return
-    if error is None:
-        raise shared
-    if str(error) == str(shared):
-        raise error
-    raise LayoutError(str(shared)) from error
+    return Program(model, *found, groups, dims, timeout)
 
 
 def _check_groups(groups: ProcessGroups | None, layouts: dict[str, Layout]) -> None:
@@ -141,7 +130,9 @@ def _build(
     traits = megatron.traits_of(model, example_inputs)
     targets = passes.capture_targets(model, layouts, traits)
     reductions = {
-        name: overrides.get(name) or megatron.reduction_of(name, model.get_submodule(path))
+        name: overrides[name]
+        if name in overrides
+        else megatron.reduction_of(name, model.get_submodule(path))
         for name, path in targets.items()
     }
     return passes.run(
@@ -164,7 +155,7 @@ def _check_options(
     """Raise LayoutError for options that nothing would read."""
     inputs = list(inspect.signature(model.forward).parameters)
     for name, dim in batch_dims.items():
-        if name not in inputs or isinstance(dim, bool) or not isinstance(dim, int) or dim < 0:
+        if name not in inputs or type(dim) is not int or dim < 0:
             raise LayoutError(
                 f"batch_dims has {name!r}: {dim!r}; give the name of an input of "
                 f"{type(model).__name__}.forward ({', '.join(inputs)}) and a dim of at least 0"
@@ -175,14 +166,6 @@ def _check_options(
                 f"reductions has {name!r}: {reduction!r}; give the name of a layout "
                 f"({', '.join(layouts)}) and 'mean' or 'sum'"
             )
-
-
-def _optional(model: nn.Module) -> frozenset[str]:
-    """The captured inputs that may be left out: those that the trace did not specialise on."""
-    if not megatron.is_mimo(model):
-        return frozenset()
-    parameters = inspect.signature(model.forward).parameters.values()
-    return frozenset(p.name for p in parameters if p.default is not p.empty)
 
 
 def _digest(graph: Graph) -> str:
@@ -220,11 +203,12 @@ class Program:
         self.model, self.graph, self.batch_dims = model, graph, batch_dims
         self.rank = dist.get_rank() if dist.is_initialized() else None
         self.groups, self._owns_groups = groups, False
-        self._optional = _optional(model)
+        self._optional = megatron.optional_inputs(model)
         self._agreed = self._destroyed = False
         self.cut: list[fx.Node] = []
         self.redistributions: dict[str, Redistribution] = {}
         self._members: tuple[tuple[int, ...], ...] = ()
+        self._world: weakref.ref[dist.ProcessGroup] | None = None
         if self.rank is not None and mine is not None:
             self._bind(self.rank, mine, timeout)
 
@@ -239,6 +223,8 @@ class Program:
         self._members = tuple(
             dict.fromkeys(group for plan in plans.values() for group in plan.member_lists())
         )
+        assert dist.group.WORLD is not None
+        self._world = weakref.ref(dist.group.WORLD)
         opened = open_groups(self._members, timeout=timeout)
         self._mine = mine
         moves = self.redistributions
@@ -420,7 +406,7 @@ class Program:
                 raise error
             return
         text = "" if batches is None else fingerprint(batches.microbatches)
-        _agree("the batch, which must be global", text, error)
+        agree_on("the batch, which must be global", text, error)
         self._agreed = True
 
     def trainable(self) -> dict[str, nn.Module]:
@@ -453,7 +439,8 @@ class Program:
     def destroy(self) -> None:
         """Give back the process groups that the program opened."""
         self._destroyed = True
-        close_groups(self._members)
+        if self._world is not None:
+            close_groups(self._members, world=self._world)
         self._members = ()
         if self._owns_groups and self.groups is not None:
             self.groups.destroy()
