@@ -18,8 +18,7 @@ from colocc.passes.solve.plan import Plan, Step
 from colocc.types import Type
 
 SHOWN_GROUPS = 8
-CALL_WIDTH = 40
-LINE_WIDTH = 90
+PAGE_WIDTH, CALL_WIDTH = 100, 28
 PASSES = ("capture", "propagate", "redistribute", "phases", "specialize")
 
 
@@ -83,6 +82,10 @@ def _nodes(graph: Graph, nodes: list[fx.Node]) -> list[str]:
         rows.append([f"{sign}%{node.name}", *_typed(node, shown), _call(graph, node)])
         if node.name in graph.plans:
             after[len(rows) - 1] = _plan_lines(graph, node)
+    full = [row for row in rows if len(row) > 2]
+    used = sum(max(len(row[i]) for row in full) + 3 for i in range(4)) if full else 0
+    for row in full:
+        row[4] = _short(row[4], max(CALL_WIDTH, PAGE_WIDTH - used))
     text = _table(rows, indent="")
     lines = []
     for index, line in enumerate(text):
@@ -117,7 +120,7 @@ def _call(graph: Graph, node: fx.Node) -> str:
     elif node.op == "call_module":
         name = graph.module_of(node) or name
     text = f"{name}({', '.join(arguments)})"
-    return _short(text, CALL_WIDTH)
+    return text
 
 
 def _value(value: Any) -> str:
@@ -158,7 +161,7 @@ def _plan_lines(graph: Graph, node: fx.Node) -> list[str]:
         rows.append(["bwd", f"scale x{plan.scale}", "", f"{why} over dp"])
     lines += _table(rows, indent="+   ")
     line = str(node.meta.get("line", ""))
-    return [*lines, f"+   at    {_short(line, LINE_WIDTH)}"] if line else lines
+    return [*lines, f"+   at    {_short(line, PAGE_WIDTH - 10)}"] if line else lines
 
 
 def _short(text: str, width: int) -> str:
