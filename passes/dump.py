@@ -119,8 +119,7 @@ def _call(graph: Graph, node: fx.Node) -> str:
         name = "redistribute"
     elif node.op == "call_module":
         name = graph.module_of(node) or name
-    text = f"{name}({', '.join(arguments)})"
-    return text
+    return f"{name}({', '.join(arguments)})"
 
 
 def _value(value: Any) -> str:

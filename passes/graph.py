@@ -31,9 +31,10 @@ Reduction = Literal["mean", "sum"]
 class Glue:
     """A method of the model that is one opaque call: it looks at values, so it is not traced.
 
-    Its value is called ``label``. It runs on the layout of ``module``. ``returns`` gives its results from its arguments by name,
-    with (dtype, shape) for a tensor; None where that cannot be known. ``stage`` is "first" for a
-    method that only the first pipeline stage can run, "all" for one that every stage must.
+    Its value is called ``label``. It runs on the layout of ``module``. ``returns`` gives its
+    results from its arguments by name, with (dtype, shape) for a tensor; None where that cannot be
+    known. ``stage`` is "first" for a method that only the first pipeline stage can run, "all" for
+    one that every stage must.
     """
 
     method: str

@@ -12,8 +12,9 @@ layouts at hand and every batch whose samples divide by ``plan.units``:
   the transpose of forward where the gradient of a replicated value is replicated;
 - each unit comes from the rank itself or one of its own tp and cp coordinates where it is held, so
   replicas share the load and a rank's gradient starts from its own copy;
-- every step changes something, every group is ascending, groups of a step share no rank, and nothing is sent outside its group,
-  so every rank issues the same collectives in the same order whatever the data.
+- every step changes something, every group is ascending, groups of a step share no rank, and
+  nothing is sent outside its group, so every rank issues the same collectives in the same order
+  whatever the data.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def _check_direction(name: str, steps: tuple[Step, ...], start: Holding, end: Ho
         for unit, origin in got:
             if any(lane[origin] != lane[rank] for lane in lanes):
                 raise VerifyError(
-                    f"{name}, rank {rank} takes unit {unit} from rank {origin}, which has another tp "
-                    f"or cp coordinate in {start.layout}"
+                    f"{name}, rank {rank} takes unit {unit} from rank {origin}, which has another "
+                    f"tp or cp coordinate in {start.layout}"
                 )
 
 
