@@ -392,7 +392,9 @@ def _adopt(found: Iterable[dist.ProcessGroup]) -> None:
     """Register groups that colocc did not open; let go those of an earlier call that are gone."""
     registry = _registry()
     # A rank may hold a group that another rank does not, so what is adopted is agreed on.
-    mine = {tuple(dist.get_process_group_ranks(group)): group for group in found}
+    mine: dict[Members, dist.ProcessGroup] = {}
+    for group in found:
+        mine.setdefault(tuple(dist.get_process_group_ranks(group)), group)
     everyone: set[Key] = {("shared", members) for members in _union(mine)}
     for key in registry.adopted - everyone:
         if registry.users[key] == 1:
