@@ -123,6 +123,7 @@ BY_DIM: dict[str, tuple[int, Any]] = {
     "select": (1, None),
     "index_select": (1, None),
     "repeat_interleave": (2, None),
+    "normalize": (2, 1),
 }
 # Operations that move or reshape dims: the two runs at different batch sizes show where the batch
 # went.
@@ -141,7 +142,8 @@ SHAPING = frozenset(
     ]
 )
 FLATTENING = frozenset(["reshape", "view", "flatten", "unflatten"])
-LAST_DIM = frozenset(["linear", "layer_norm", "rms_norm", "embedding", "normalize"])
+LAST_DIM = frozenset(["linear", "embedding"])
+NORMS = frozenset(["layer_norm", "rms_norm"])
 
 
 def check_glue(graph: Graph) -> None:
@@ -194,6 +196,7 @@ def _check(node: fx.Node) -> None:
         (name in SHAPING, lambda n, _: _one_batch(n)),
         (name in FLATTENING, lambda n, _: _leading(n)),
         (name in LAST_DIM, lambda n, _: _not_last(n)),
+        (name in NORMS, lambda n, _: _norm(n)),
         (name in ("matmul", "bmm", "einsum"), lambda n, _: name != "einsum" and _matmul(n)),
         (name == "getitem", lambda n, _: _getitem(n)),
     ]
@@ -261,6 +264,14 @@ def _leading(node: fx.Node) -> bool:
 def _not_last(node: fx.Node) -> bool:
     found = [t for t in _types(node) if t.batch is not None]
     return all(t.batch != len(t.dims) - 1 or len(t.dims) == 1 for t in found) and _one_batch(node)
+
+
+def _norm(node: fx.Node) -> bool:
+    """The dims that are normalized are the last ones, as many as the shape that is named has."""
+    shape = node.kwargs.get("normalized_shape", node.args[1] if len(node.args) > 1 else None)
+    if not isinstance(shape, (list, tuple)):
+        return False
+    return all(t.batch is None or t.batch < len(t.dims) - len(shape) for t in _types(node)[:1])
 
 
 def _matmul(node: fx.Node) -> bool:

@@ -1,0 +1,185 @@
+"""Glue between modules sees only some of the batch: what keeps samples apart passes, the rest is
+refused."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+from torch.nn.functional import batch_norm
+
+from colocc.errors import CaptureError, LayoutError
+from colocc.passes.capture import leaf
+from tests.passes.kit import (
+    PAIR_LAYOUTS,
+    TRIO_BATCH,
+    TRIO_LAYOUTS,
+    Pair,
+    Trio,
+    graph_of,
+    pair_graph,
+)
+
+Glue = Callable[[torch.Tensor, torch.Tensor], Any]
+T = torch.Tensor
+
+
+KEPT: dict[str, Glue] = {
+    "arithmetic": lambda x, mask: (x * 2 + 1) / 3 - x,
+    "where": lambda x, mask: torch.where(mask, x, x * 0),
+    "masked_fill": lambda x, mask: x.masked_fill(~mask, 0.0),
+    "gelu": lambda x, mask: torch.nn.functional.gelu(x),
+    "mean of the features": lambda x, mask: x - x.mean(-1, keepdim=True),
+    "mean over the tokens": lambda x, mask: x + x.mean(dim=1, keepdim=True),
+    "softmax of the features": lambda x, mask: x.softmax(-1),
+    "cumsum over the tokens": lambda x, mask: torch.cumsum(x, dim=1),
+    "cat of tokens": lambda x, mask: torch.cat([x, x], dim=1),
+    "slice of tokens": lambda x, mask: x[:, 1:],
+    "slice of features": lambda x, mask: x[:, :, :4].repeat_interleave(2, -1),
+    "there and back": lambda x, mask: x.transpose(0, 1).transpose(0, 1),
+    "flatten of the tokens": lambda x, mask: x.flatten(1).reshape(-1, 5, 8),
+    "unsqueeze": lambda x, mask: x.unsqueeze(1).squeeze(1),
+    "layer_norm": lambda x, mask: torch.nn.functional.layer_norm(x, (8,)),
+    "matmul per sample": lambda x, mask: (x @ x.transpose(1, 2)) @ x,
+    "split of features": lambda x, mask: torch.cat(torch.split(x, 4, -1), -1),
+    "stack on a new dim": lambda x, mask: torch.stack([x, x], 1).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_glue_that_keeps_samples_apart_passes(name: str) -> None:
+    graph = pair_graph(KEPT[name])
+    language = next(n for n in graph.fx.nodes if graph.module_of(n) == "language")
+    (source,) = (str(n.meta["types"]) for n in language.all_input_nodes)
+    assert source.startswith("f32[8@dp")
+    assert len(graph.plans) == 1
+    assert graph.plans[next(iter(graph.plans))].scale == Fraction(2)
+
+
+REFUSED: dict[str, tuple[str, Glue]] = {
+    "mean over the batch": ("mean", lambda x, mask: x - x.mean(0, keepdim=True)),
+    "mean of everything": ("mean", lambda x, mask: x - x.mean()),
+    "mean from the front": ("mean", lambda x, mask: x - x.mean(-3, keepdim=True)),
+    "sum of everything": ("sum", lambda x, mask: x / x.sum()),
+    "softmax over the batch": ("softmax", lambda x, mask: x.softmax(0)),
+    "log_softmax over the batch": ("log_softmax", lambda x, mask: torch.log_softmax(x, dim=0)),
+    "a permutation of samples": ("getitem", lambda x, mask: x[torch.arange(8)]),
+    "one half of the samples": ("getitem", lambda x, mask: x[:4]),
+    "a slice by mask": ("getitem", lambda x, mask: x[..., 0, :]),
+    "cumsum over the batch": ("cumsum", lambda x, mask: x.cumsum(0)),
+    "flip of the batch": ("flip", lambda x, mask: x.flip(0)),
+    "roll": ("roll", lambda x, mask: x.roll(1, 0)),
+    "cat of samples": ("cat", lambda x, mask: torch.cat([x, x])),
+    "reshape that moves the batch": ("reshape", lambda x, mask: x.transpose(0, 1).reshape(-1, 8)),
+    "batch norm": (
+        "batch_norm",
+        lambda x, mask: nn.functional.batch_norm(x, None, None, training=True),
+    ),
+    "outer product of samples": ("matmul", lambda x, mask: x.flatten(1) @ x.flatten(1).t()),
+    "sort of samples": ("sort", lambda x, mask: x.sort(dim=0)[0]),
+    "pairs of samples": ("sub", lambda x, mask: x[:, None] - x[None]),
+    "einsum": ("einsum", lambda x, mask: torch.einsum("bth,cth->bth", x, x)),
+    "normalize over the batch": ("normalize", lambda x, mask: nn.functional.normalize(x, dim=0)),
+    "layer_norm over the batch": (
+        "layer_norm",
+        lambda x, mask: nn.functional.layer_norm(x, (8, 5, 8)),
+    ),
+    "layer_norm of everything": (
+        "layer_norm",
+        lambda x, mask: nn.functional.layer_norm(x, x.shape),
+    ),
+    "any": ("any", lambda x, mask: x * mask.any()),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_glue_that_mixes_samples_is_refused(name: str) -> None:
+    operation, glue = REFUSED[name]
+    with pytest.raises(CaptureError) as info:
+        pair_graph(glue)
+    message = str(info.value)
+    assert "tests/" not in message
+    assert "passes/test_batch.py:" in message
+    if "one dim must grow" not in message and "seen while finding shapes" not in message:
+        assert f": {operation} on a tensor that is split by sample may mix samples" in message
+        assert "@colocc.leaf" in message
+
+
+def test_the_whole_message() -> None:
+    with pytest.raises(CaptureError) as info:
+        pair_graph(center)
+    where, _, rest = str(info.value).partition(": ")
+    assert where.endswith("return x - x.mean(0, keepdim=True)")
+    assert_expected_inline(
+        textwrap.fill(rest, 90),
+        """\
+mean on a tensor that is split by sample may mix samples: each rank sees only some of them
+(f32[8@dp,5,8] -> f32[1,5,8]). Keep samples apart, or, if it does, move it into a function
+marked @colocc.leaf or a module that the layouts name.""",
+    )
+
+
+def center(x: T, mask: T) -> T:
+    return x - x.mean(0, keepdim=True)
+
+
+def test_a_leaf_is_the_users_promise() -> None:
+    graph = pair_graph(leaf(center))
+    assert len(graph.plans) == 1
+
+
+class Norm(Pair):
+    """Batch norm between the modules, where nothing covers it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5, affine=False)
+
+    def forward(self, images: T, mask: T) -> T:
+        out: T = self.language(self.norm(self.vision(images)) * mask)
+        return out
+
+
+def test_a_batch_norm_module_between_modules() -> None:
+    batch = {"images": torch.zeros(8, 5, 16), "mask": torch.ones(8, 5, 1)}
+    with pytest.raises(CaptureError, match="batchnorm1d on a tensor that is split by sample"):
+        graph_of(Norm(), PAIR_LAYOUTS, batch)
+
+
+class After(Pair):
+    def forward(self, images: T, mask: T) -> T:
+        out: T = self.language(self.vision(images))
+        return out.mean()
+
+
+def test_after_the_language_model_a_mean_over_the_microbatch_is_the_users_own() -> None:
+    graph = graph_of(After(), PAIR_LAYOUTS, {"images": torch.zeros(8, 5, 16)})
+    assert [n.name for n in graph.fx.nodes][-2:] == ["mean", "output"]
+
+
+class Sized(Trio):
+    """The batch size that vision's ranks see, used on what audio's ranks hold."""
+
+    def forward(self, images: T, clips: T, mask: T) -> T:
+        heard = self.audio(clips)
+        out: T = self.language(heard.view(self.vision(images).shape[0], 5, 8) * mask)
+        return out
+
+
+def test_the_batch_size_of_one_layout_read_on_another() -> None:
+    batch = {**TRIO_BATCH, "mask": torch.ones(8, 5, 1)}
+    with pytest.raises(LayoutError) as info:
+        graph_of(Sized(), TRIO_LAYOUTS, batch)
+    assert_expected_inline(
+        textwrap.fill(str(info.value).partition(": ")[2], 90),
+        """\
+T = self.language(heard.view(self.vision(images).shape[0], 5, 8) * mask): view runs on
+language and reads getitem, the batch size that vision's ranks see. Take it from a tensor
+that language reads.""",
+    )
