@@ -43,6 +43,10 @@ GRACE = 0.5
 _one_world = threading.Lock()
 
 
+class RankDied(RuntimeError):
+    """A process of the pool ended in the middle of a run."""
+
+
 class _Outcomes:
     """What each rank returned or raised, in the order of time."""
 
@@ -57,7 +61,10 @@ class _Outcomes:
     def finish(self, timeout: float) -> list[Any]:
         missing = self.missing()
         if self.errors:
-            rank, error = next(iter(self.errors.items()))
+            # Peers may notice a death, and say so, before the death itself is seen.
+            dead = [rank for rank, error in self.errors.items() if isinstance(error, RankDied)]
+            rank = (dead or list(self.errors))[0]
+            error = self.errors[rank]
             error.add_note(f"raised by rank {rank} of {self.world}")
             if missing:
                 error.add_note(f"ranks {missing} had not returned")
@@ -225,10 +232,6 @@ class ProcessPool:
                 else:
                     outcomes.errors[rank] = error
                     deadline = min(deadline, time.monotonic() + GRACE)
-
-
-class RankDied(RuntimeError):
-    """A process of the pool ended in the middle of a run."""
 
 
 def _worker(connection: Connection) -> None:

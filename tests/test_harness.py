@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from colocc.errors import LayoutError
-from tests.harness import ProcessPool, RankDied, run_threads
+from tests.harness import ProcessPool, RankDied, _Outcomes, run_threads
 
 
 def collectives(rank: int) -> list[float]:
@@ -136,6 +136,15 @@ def test_processes_report_a_dead_rank(processes: ProcessPool) -> None:
         processes.run(3, die)
     assert "raised by rank 1 of 3" in caught.value.__notes__
     assert processes.run(4, collectives) == EXPECTED
+
+
+def test_a_death_is_reported_before_what_peers_say_of_it() -> None:
+    outcomes = _Outcomes(3)
+    outcomes.errors[0] = RuntimeError("Ranks 1 failed to pass monitoredBarrier")
+    outcomes.errors[1] = RankDied("exit code -9")
+    with pytest.raises(RankDied, match="exit code -9") as caught:
+        outcomes.finish(1)
+    assert caught.value.__notes__ == ["raised by rank 1 of 3", "ranks [2] had not returned"]
 
 
 def test_a_pool_refuses_more_ranks_than_it_has(processes: ProcessPool) -> None:
