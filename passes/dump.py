@@ -18,6 +18,7 @@ from colocc.passes.solve.plan import Plan, Step
 from colocc.types import Type
 
 SHOWN_GROUPS = 8
+WIDTH = 100
 PAGE_WIDTH, CALL_WIDTH = 100, 28
 PASSES = ("capture", "propagate", "redistribute", "phases", "specialize")
 
@@ -89,7 +90,8 @@ def _nodes(graph: Graph, nodes: list[fx.Node]) -> list[str]:
     text = _table(rows, indent="")
     lines = []
     for index, line in enumerate(text):
-        lines.append("  " + line.strip() if not rows[index][0] else line)
+        line = "  " + line.strip() if not rows[index][0] else line
+        lines.append(line if len(line) <= WIDTH else line[: WIDTH - 3] + "...")
         lines += after.get(index, [])
     return lines
 
@@ -267,7 +269,7 @@ def ranks(graph: Graph, name: str) -> str:
 
 def dot(graph: Graph) -> str:
     """The graph in graphviz's language: a cluster per layout, redistributions coloured."""
-    lines = ["digraph mimo {", "  rankdir=LR; node [shape=box, style=rounded];"]
+    lines = [f"digraph {graph.name} {{", "  rankdir=LR; node [shape=box, style=rounded];"]
     for index, (name, layout) in enumerate(graph.layouts.items()):
         members = "; ".join(
             n.name

@@ -12,7 +12,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
-from torch.nn.functional import batch_norm
+from torch.nn import functional as F
 
 from colocc.errors import CaptureError, LayoutError
 from colocc.passes.capture import leaf
@@ -34,7 +34,7 @@ KEPT: dict[str, Glue] = {
     "arithmetic": lambda x, mask: (x * 2 + 1) / 3 - x,
     "where": lambda x, mask: torch.where(mask, x, x * 0),
     "masked_fill": lambda x, mask: x.masked_fill(~mask, 0.0),
-    "gelu": lambda x, mask: torch.nn.functional.gelu(x),
+    "gelu": lambda x, mask: F.gelu(x),
     "mean of the features": lambda x, mask: x - x.mean(-1, keepdim=True),
     "mean over the tokens": lambda x, mask: x + x.mean(dim=1, keepdim=True),
     "softmax of the features": lambda x, mask: x.softmax(-1),
@@ -45,7 +45,7 @@ KEPT: dict[str, Glue] = {
     "there and back": lambda x, mask: x.transpose(0, 1).transpose(0, 1),
     "flatten of the tokens": lambda x, mask: x.flatten(1).reshape(-1, 5, 8),
     "unsqueeze": lambda x, mask: x.unsqueeze(1).squeeze(1),
-    "layer_norm": lambda x, mask: torch.nn.functional.layer_norm(x, (8,)),
+    "layer_norm": lambda x, mask: F.layer_norm(x, (8,)),
     "matmul per sample": lambda x, mask: (x @ x.transpose(1, 2)) @ x,
     "split of features": lambda x, mask: torch.cat(torch.split(x, 4, -1), -1),
     "stack on a new dim": lambda x, mask: torch.stack([x, x], 1).sum(1),
@@ -79,20 +79,20 @@ REFUSED: dict[str, tuple[str, Glue]] = {
     "reshape that moves the batch": ("reshape", lambda x, mask: x.transpose(0, 1).reshape(-1, 8)),
     "batch norm": (
         "batch_norm",
-        lambda x, mask: nn.functional.batch_norm(x, None, None, training=True),
+        lambda x, mask: F.batch_norm(x, None, None, training=True),
     ),
     "outer product of samples": ("matmul", lambda x, mask: x.flatten(1) @ x.flatten(1).t()),
     "sort of samples": ("sort", lambda x, mask: x.sort(dim=0)[0]),
     "pairs of samples": ("sub", lambda x, mask: x[:, None] - x[None]),
     "einsum": ("einsum", lambda x, mask: torch.einsum("bth,cth->bth", x, x)),
-    "normalize over the batch": ("normalize", lambda x, mask: nn.functional.normalize(x, dim=0)),
+    "normalize over the batch": ("normalize", lambda x, mask: F.normalize(x, dim=0)),
     "layer_norm over the batch": (
         "layer_norm",
-        lambda x, mask: nn.functional.layer_norm(x, (8, 5, 8)),
+        lambda x, mask: F.layer_norm(x, (8, 5, 8)),
     ),
     "layer_norm of everything": (
         "layer_norm",
-        lambda x, mask: nn.functional.layer_norm(x, x.shape),
+        lambda x, mask: F.layer_norm(x, x.shape),
     ),
     "any": ("any", lambda x, mask: x * mask.any()),
 }
