@@ -1,4 +1,5 @@
-"""Train the digits VLM on colocated layouts: a ViT and a GPT share the ranks, each laid out its way.
+"""Train the digits VLM on colocated layouts: a ViT and a GPT share the ranks, each laid out its
+way.
 
     python examples/digits.py demo                              everything, on this machine
     torchrun --nproc-per-node 8 examples/digits.py \\
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the project is not
@@ -37,6 +39,13 @@ from examples.digits_model import build_model
 
 Device = torch.device
 MODULES = ("images", "language")
+# What megatron-core says on import about packages that it can do without.
+NOTICES = (
+    "Transformer Engine and Apex are not",
+    "Apex is not",
+    "absl.logging is not",
+    "MimoModelConfig is experimental",
+)
 DEMO_LANGUAGE = {2: "tp2", 4: "tp2,pp2", 8: "tp2,pp2,dp2"}
 
 
@@ -119,7 +128,7 @@ def ranks() -> Iterator[Device]:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         yield device
     finally:
@@ -152,7 +161,10 @@ def train_and_read(
         for name, digit in zip(names, held_out.digits.tolist(), strict=True)
     )
     return digits_report.Run(
-        losses, right / len(held_out), dist.get_world_size(), {n: str(x) for n, x in layouts.items()}
+        losses,
+        right / len(held_out),
+        dist.get_world_size(),
+        {n: str(x) for n, x in layouts.items()},
     )
 
 
@@ -173,12 +185,13 @@ def train(
         params_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
     )
     optimizer = program.optimizer(config)
+    model: Any = program.model
     losses: list[float] = []
     with tqdm(total=options.steps, desc="train", disable=dist.get_rank() != 0) as bar:
         for step in range(options.steps):
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * warm_then_cool(step, options.steps)
-            program.model.zero_grad_buffer()
+            model.zero_grad_buffer()
             optimizer.zero_grad()
             batches = [to_device(batch, device) for batch in lessons.step(step)]
             logs = program.forward_backward(
@@ -229,7 +242,8 @@ def read_all(program: colocc.Program, scans: Scans, device: Device) -> list[str]
             output: tuple[torch.Tensor, Any], non_loss_data: bool, position: int = position
         ) -> torch.Tensor:
             whole = gather_from_tensor_model_parallel_region(output[0][:, position], group=tp)
-            return torch.as_tensor(whole.argmax(dim=-1))
+            letters: torch.Tensor = whole.argmax(dim=-1)
+            return letters
 
         question = digits_data.prompt(pixels, written[:, : digits_data.NAME_LENGTH - 1])
         answers = program.forward_backward(
@@ -295,8 +309,9 @@ def demo(options: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(world), __file__, *numbers(options)]
     command += ["--out", str(options.out), *(w for word in words for w in ("--layout", word))]
+    ignored = ",".join(f"ignore:{notice}:UserWarning" for notice in NOTICES)
     command += ["--compare" if options.compare else "--no-compare"]
-    environ = {"OMP_NUM_THREADS": "1", **os.environ}
+    environ = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ignored, **os.environ}
     return subprocess.run(command, env=environ, check=False).returncode
 
 

@@ -1,7 +1,7 @@
 """The digits task: 1,797 real scans, the prompt around them, and the words the model must write.
 
-    <bos> <image> x 16 the digit is s e v e n <eos>
-                                    ------------- the loss falls on the name alone
+<bos> <image> x 16 the digit is s e v e n <eos>
+                                ------------- the loss falls on the name alone
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from sklearn.model_selection import train_test_split
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PAD, BOS, EOS, IMAGE = range(4)
-VOCABULARY = ("<pad>", "<bos>", "<eos>", "<image>", "the", "digit", "is")
-VOCABULARY += tuple(sorted(set("".join(NAMES))))
+WORDS = ("<pad>", "<bos>", "<eos>", "<image>", "the", "digit", "is")
+VOCABULARY = WORDS + tuple(sorted(set("".join(NAMES))))
 VOCABULARY_SIZE = 32  # the next multiple of 8: every tp up to 8 divides it
 
 SIDE, PATCH = 8, 2
@@ -107,9 +107,8 @@ class Lessons:
         order = torch.randperm(len(self.scans), generator=self._generator(epoch))
         ids = order[turn * self.global_batch : (turn + 1) * self.global_batch]
         pixels = disturb(self.scans.pixels[ids], self._generator(1_000_000 + step))
-        parts = zip(
-            pixels.chunk(self.microbatches), self.scans.digits[ids].chunk(self.microbatches)
-        )
+        digits = self.scans.digits[ids].chunk(self.microbatches)
+        parts = zip(pixels.chunk(self.microbatches), digits, strict=True)
         return [lesson(Scans(*part)) for part in parts]
 
     def _generator(self, turn: int) -> torch.Generator:
@@ -117,7 +116,8 @@ class Lessons:
 
 
 def disturb(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The scans with noise, three in ten moved by at most one pixel up or down and left or right."""
+    """The scans with noise, three in ten moved by at most one pixel up or down and left or
+    right."""
     padded = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=-MEAN / SPREAD)
     moved = (torch.rand(len(pixels), generator=generator) < 0.3).long()
     down, right = 1 + moved * torch.randint(-1, 2, (2, len(pixels)), generator=generator)

@@ -8,6 +8,7 @@ import logging
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from colocc.runtime.attention import SdpaAttention
+from colocc.testing import global_names
 from examples import digits_data
 
 Groups = Mapping[str, ProcessGroupCollection]
@@ -42,6 +43,24 @@ class Sizes:
     vision_layers: int = 2
     language_layers: int = 2
     gain: float = 1.0
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, known notices of megatron-core are silenced, each by name."""
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.addFilter(_not_deprecated)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is experimental and still under active.*")
+        warnings.filterwarnings("ignore", message="full scope is deprecated")
+        try:
+            yield
+        finally:
+            logger.removeFilter(_not_deprecated)
+
+
+def _not_deprecated(record: logging.LogRecord) -> bool:
+    return "GPTModel IS DEPRECATED" not in record.getMessage()
 
 
 class VisionTransformer(MegatronModule):
@@ -100,6 +119,7 @@ def transformer_config(
     )
 
 
+@quiet()
 def build_model(
     groups: Groups, sizes: Sizes = Sizes(), *, seed: int = 0, bf16: bool = False
 ) -> MimoModel:
@@ -124,11 +144,11 @@ def build_model(
         modality_submodules_spec={"images": vision_spec(vision_config, images)},
         special_token_ids={"images": digits_data.IMAGE},
     )
-    with quiet():
-        model = MimoModel(config)
+    model = MimoModel(config)
     fill(model.modality_submodules["images"], images, sizes.gain, seed)
     fill(model.language_model, language, sizes.gain, seed)
-    model.to(torch.cuda.current_device())
+    # Megatron leaves position embeddings and norms in fp32, whatever params_dtype says.
+    model.to(torch.cuda.current_device(), dtype=language_config.params_dtype)
     model.modality_submodules["images"] = data_parallel(
         model.modality_submodules["images"], vision_config, images
     )
@@ -174,42 +194,10 @@ def fill(module: torch.nn.Module, groups: ProcessGroupCollection, gain: float, s
             if weight.dim() < 2:
                 continue
             shape = list(weight.shape)
-            dim = weight.partition_dim if getattr(weight, "tensor_model_parallel", False) else None
-            if dim is not None:
-                shape[dim] *= groups.tp.size()
+            tp, dim = groups.tp, getattr(weight, "partition_dim", -1)
+            split = getattr(weight, "tensor_model_parallel", False)
+            if split:
+                shape[dim] *= tp.size()
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             whole = torch.randn(shape, generator=generator) * gain / shape[-1] ** 0.5
-            mine = whole if dim is None else whole.chunk(groups.tp.size(), dim)[groups.tp.rank()]
-            weight.copy_(mine)
-
-
-def global_names(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Every parameter with its name, layers counted over the whole pipeline."""
-    numbers = {
-        name: layer.layer_number - 1
-        for name, layer in module.named_modules()
-        if isinstance(layer, TransformerLayer)
-    }
-    for name, weight in module.named_parameters():
-        for prefix, number in numbers.items():
-            if name.startswith(f"{prefix}."):
-                name = f"{prefix.rpartition('.')[0]}.{number}{name[len(prefix) :]}"
-                break
-        yield name, weight
-
-
-class quiet(warnings.catch_warnings):
-    """Silences two known notices of megatron-core while the model is built, by name."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.filterwarnings("ignore", message=".*is experimental and still under active.*")
-        logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_not_deprecated)
-
-    def __exit__(self, *exc_info: object) -> None:
-        logging.getLogger("megatron.core.models.gpt.gpt_model").removeFilter(_not_deprecated)
-        super().__exit__(*exc_info)
-
-
-def _not_deprecated(record: logging.LogRecord) -> bool:
-    return "GPTModel IS DEPRECATED" not in record.getMessage()
+            weight.copy_(whole.chunk(tp.size(), dim)[tp.rank()] if split else whole)
