@@ -158,7 +158,7 @@ def _plan_lines(graph: Graph, node: fx.Node) -> list[str]:
         reductions = {
             n: graph.reductions.get(n, "mean") for n in (plan.src.module, plan.dst.module)
         }
-        why = ", ".join(f"{n} takes the {how}" for n, how in reductions.items())
+        why = ", ".join(f"{n} {how}" for n, how in reductions.items())
         rows.append(["bwd", f"scale x{plan.scale}", "", f"{why} over dp"])
     lines += _table(rows, indent="+   ")
     line = str(node.meta.get("line", ""))

@@ -11,19 +11,114 @@ from tests.passes.kit import pair_graph, trio_graph
 
 
 def test_two_encoders_and_a_pipeline() -> None:
-    assert_expected_inline(page(trio_graph()), """""")
+    assert_expected_inline(
+        page(trio_graph()),
+        """\
+graph Trio    world 8    after 4/5 phases
+
+layouts
+  vision     tp2 dp4       tp = r%2   dp = r//2
+  audio      tp8 dp1       tp = r
+  language   tp2 pp2 dp2   tp = r%2   pp = r//4   dp = r//2%2
+
+phase 1  encode           all ranks, all samples of the step at once
+  %images            f32[8@dp,5,16]   vision         [2,5,16]   input(images)
+  %clips             f32[8@dp,5,4]    audio          [8,5,4]    input(clips)
+  %vision            f32[8@dp,5,8]    vision         [2,5,8]    vision(%images)
++ %vision_language   f32[8@dp,5,8]    language pp0   [4,5,8]    redistribute(%vision)
++   fan_in x2   vision tp2 dp4 -> language tp2 pp2 dp2   where language.dp = vision.dp%2
++   fwd   all_to_all(dim=0, to pp0)     320 B   [0,4] [1,5] [2,6] [3,7]
++   bwd   all_to_all(dim=0, from pp0)   320 B   [0,4] [1,5] [2,6] [3,7]
++   bwd   scale x2                              vision mean, language mean over dp
++   at    passes/kit.py:59 seen = self.vision(images)
+  %audio             f32[8@dp,5,8]    audio          [8,5,8]    audio(%clips)
++ %audio_language    f32[8@dp,5,8]    language pp0   [4,5,8]    redistribute(%audio)
++   fan_out x2   audio tp8 dp1 -> language tp2 pp2 dp2   where audio.dp = 0
++   fwd   narrow(dim=0)                 0 B        local
++   bwd   all_to_all(dim=0, from pp0)   1.25 KiB   [0,2,4,6] [1,3,5,7]
++   bwd   scale x1/2                               audio mean, language mean over dp
++   at    passes/kit.py:60 heard = self.audio(clips)
+
+phase 2  language         1f1b over 2 stages, by microbatch
+  %mask        bool[8@dp,5]     language       [4,5]     input(mask)
+  %unsqueeze   bool[8@dp,5,1]   language pp0   [4,5,1]   unsqueeze(%mask, -1)
+  %where       f32[8@dp,5,8]    language pp0   [4,5,8]   where(%unsqueeze, %vision_language, %aud...
+  %language    f32[8@dp,5,8]    language       [4,5,8]   language(%where)
+  return %language
+
+phase 3  encode backward  audio and vision, all samples at once; then finalise once
+
+moved   fwd 320 B, bwd 1.56 KiB per receiving rank for a batch of 8, 3 collectives per step
+""",
+    )
 
 
 def test_no_pipeline() -> None:
-    assert_expected_inline(page(pair_graph()), """""")
+    assert_expected_inline(
+        page(pair_graph()),
+        """\
+graph Pair    world 8    after 4/5 phases
+
+layouts
+  vision     tp2 dp4   tp = r%2   dp = r//2
+  language   tp4 dp2   tp = r%4   dp = r//4
+
+phase 1  encode           all ranks, all samples of the step at once
+  %images            f32[8@dp,5,16]   vision     [2,5,16]   input(images)
+  %vision            f32[8@dp,5,8]    vision     [2,5,8]    vision(%images)
++ %vision_language   f32[8@dp,5,8]    language   [4,5,8]    redistribute(%vision)
++   fan_in x2   vision tp2 dp4 -> language tp4 dp2   where language.dp = vision.dp//2
++   fwd   all_gather(dim=0)   320 B   [0,2] [1,3] [4,6] [5,7]
++   bwd   narrow(dim=0)       0 B     local
++   bwd   scale x2                    vision mean, language mean over dp
++   at    passes/kit.py:36 x = self.vision(images)
+
+phase 2  language         by microbatch
+  %language   f32[8@dp,5,8]   language   [4,5,8]   language(%vision_language)
+  return %language
+
+phase 3  encode backward  vision, all samples at once; then finalise once
+
+moved   fwd 320 B, bwd 0 B per receiving rank for a batch of 8, 1 collective per step
+""",
+    )
 
 
 def test_ranks() -> None:
-    assert_expected_inline(ranks(trio_graph(), "vision_language"), """""")
+    assert_expected_inline(
+        ranks(trio_graph(), "vision_language"),
+        """\
+%vision_language  fan_in  parts of 4 of the step's samples held by each rank
+rank       0     1     2     3     4     5     6     7
+vision     0:1   0:1   2:3   2:3   1:2   1:2   3:4   3:4
+language   0:2   0:2   2:4   2:4   -     -     -     -
+""",
+    )
 
 
 def test_dot() -> None:
-    assert_expected_inline(dot(trio_graph()), """""")
+    assert_expected_inline(
+        dot(trio_graph()),
+        """\
+digraph Trio {
+  rankdir=LR; node [shape=box, style=rounded];
+  subgraph cluster_0 { label="vision   tp2 dp4"; images; vision; }
+  subgraph cluster_1 { label="audio   tp8 dp1"; clips; audio; }
+  subgraph cluster_2 { label="language   tp2 pp2 dp2"; mask; unsqueeze; where; language; }
+  images -> vision [label="f32[8@dp,5,16]"];
+  vision_language [style=filled, fillcolor="#ffd9a0", label="fan_in\\nlanguage.dp = vision.dp%2"];
+  vision -> vision_language [label="f32[8@dp,5,8]"];
+  clips -> audio [label="f32[8@dp,5,4]"];
+  audio_language [style=filled, fillcolor="#ffd9a0", label="fan_out\\naudio.dp = 0"];
+  audio -> audio_language [label="f32[8@dp,5,8]"];
+  mask -> unsqueeze [label="bool[8@dp,5]"];
+  unsqueeze -> where [label="bool[8@dp,5,1]"];
+  vision_language -> where [label="f32[8@dp,5,8]"];
+  audio_language -> where [label="f32[8@dp,5,8]"];
+  where -> language [label="f32[8@dp,5,8]"];
+}
+""",
+    )
 
 
 @pytest.mark.parametrize("pp", [1, 2])

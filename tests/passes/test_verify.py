@@ -237,7 +237,18 @@ This is a bug in colocc: please report it with the dump.""",
 
 
 def test_a_wrong_scale() -> None:
-    assert_expected_inline(broken(change_plan(scale=Fraction(1))), """""")
+    assert_expected_inline(
+        broken(change_plan(scale=Fraction(1))),
+        """\
+plan vision (tp2 dp4) -> language (tp4 dp2) is wrong: the gradient is scaled by 1, not by 2.
+    This is a bug in colocc: please report it with the dump.
+    %images  f32[8@dp,5,16] vision [2,5,16]  input(images)
+    %vision  f32[8@dp,5,8] vision [2,5,8]  vision(%images)
+  > %vision_language  f32[8@dp,5,8] language [4,5,8]  redistribute(%vision)   <-- here
+    %language  f32[8@dp,5,8] language [4,5,8]  language(%vision_language)
+    return %language
+This is a bug in colocc: please report it with the dump.""",
+    )
 
 
 def test_an_encoder_behind_the_language_model() -> None:
