@@ -64,7 +64,7 @@ def test_a_direct_forward_and_keyword_arguments_are_seen() -> None:
 
 
 class Dicts(Pair):
-    def forward(
+    def forward(  # type: ignore[override]
         self, inputs: Mapping[str, Any], mask: torch.Tensor, scale: float = 2.0
     ) -> torch.Tensor:
         x = self.vision(inputs["images"]["pixels"])
@@ -105,7 +105,7 @@ class Triple(torch.autograd.Function):
 
 
 def triple(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = Triple.apply(x)
+    out: torch.Tensor = Triple.apply(x)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -84,7 +84,8 @@ class Late(Pair):
 
     def forward(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.language(self.vision(images))
-        return out + self.head(mask)
+        head: torch.Tensor = self.head(mask)
+        return out + head
 
 
 def test_two_modules_that_none_reads_pipelined_one_is_the_language_model() -> None:

@@ -72,7 +72,7 @@ class Twice(Pair):
     """The language side reads one value in two places."""
 
     def forward(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        x = self.vision(images)
+        x: torch.Tensor = self.vision(images)
         out: torch.Tensor = self.language(x)
         return out + x
 
@@ -119,7 +119,7 @@ class Both(nn.Linear):
 
 
 class Sum(nn.Linear):
-    def forward(self, pair: Any) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, pair: Any) -> torch.Tensor:
         return super().forward(pair[0] + pair[1])
 
 
@@ -152,8 +152,6 @@ def test_the_name_of_an_inserted_node_is_free() -> None:
 
 
 class Named(Pair):
-    def forward(  # type: ignore[override]
-        self, images: torch.Tensor, mul_language: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, mul_language: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.language(self.vision(images) * mul_language)
         return out

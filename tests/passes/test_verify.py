@@ -19,7 +19,8 @@ from tests.passes.kit import pair_graph, refusal, trio_graph
 
 
 def node_of(graph: Graph, name: str) -> fx.Node:
-    return next(n for n in graph.fx.nodes if n.name == name)
+    found: fx.Node = next(n for n in graph.fx.nodes if n.name == name)
+    return found
 
 
 def broken(change: Callable[[Graph], object], graph: Graph | None = None) -> str:
