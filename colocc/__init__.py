@@ -1,9 +1,10 @@
 """colocc: each module of a multimodal model on its own parallel layout, on the same GPUs."""
 
-from colocc.compile import Program, compile
+from colocc.compile import compile
 from colocc.errors import CaptureError, LayoutError, VerifyError
 from colocc.layout import Layout
 from colocc.passes.capture import leaf
+from colocc.program import Program
 from colocc.runtime.groups import ProcessGroups, process_groups
 
 __all__ = [

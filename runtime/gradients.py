@@ -10,7 +10,7 @@ import torch
 from colocc.runtime import megatron
 
 if TYPE_CHECKING:
-    from colocc.compile import Program
+    from colocc.program import Program
 
 
 def finalize(program: Program, tokens: torch.Tensor | None, *, force_all_reduce: bool) -> None:

@@ -70,6 +70,11 @@ class LoneGroup(dist.ProcessGroup):
     def allgather(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> Work:
         return _copy([output for (output,) in outputs], inputs)
 
+    def allgather_coalesced(
+        self, outputs: list[Tensors], inputs: Tensors, opts: Any = None
+    ) -> Work:
+        return _copy(outputs[0], inputs)
+
     def gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> Work:
         return self.allgather(outputs, inputs)
 
@@ -109,6 +114,12 @@ class LoneGroup(dist.ProcessGroup):
         self, outputs: Tensors, inputs: Tensors, opts: Any = None
     ) -> Work:
         return _copy(outputs, inputs)
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        """Nothing is put off: each collective is done when its call returns."""
+
+    def _end_coalescing(self, device: torch.device) -> Work:
+        return _done([])
 
 
 def _create(store: Any, rank: int, size: int, timeout: timedelta) -> LoneGroup:

@@ -25,7 +25,7 @@ from colocc.runtime.data import Batches
 from colocc.runtime.gradients import finalize
 
 if TYPE_CHECKING:
-    from colocc.compile import Program
+    from colocc.program import Program
 
 
 @dataclass

@@ -15,6 +15,7 @@ FORBIDDEN = {
     "passes": (
         "colocc.runtime",
         "colocc.compile",
+        "colocc.program",
         "colocc.testing",
         "torch.distributed",
         "torch.cuda",

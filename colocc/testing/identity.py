@@ -11,7 +11,7 @@ from colocc.errors import LayoutError
 from colocc.runtime.data import holding_of, sample_runs
 
 if TYPE_CHECKING:
-    from colocc.compile import Program
+    from colocc.program import Program
 
 
 def check_identity(

@@ -22,7 +22,7 @@ from colocc.runtime.data import Batches
 from colocc.runtime.redistribution import Redistribution
 
 if TYPE_CHECKING:
-    from colocc.compile import Program
+    from colocc.program import Program
 
 
 def _scaled(factor: Fraction) -> Callable[[Program], contextlib.AbstractContextManager[Any]]:

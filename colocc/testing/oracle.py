@@ -17,7 +17,7 @@ from colocc.runtime.megatron import unwrapped
 from colocc.testing.names import full_gradients, global_names, gradient_of
 
 if TYPE_CHECKING:
-    from colocc.compile import Program
+    from colocc.program import Program
 
 
 @dataclass

@@ -1,0 +1,303 @@
+"""What compile() returns: the graph of this rank, bound to its model and its process groups."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+
+from colocc.errors import LayoutError
+from colocc.passes.dump import dot, page, ranks
+from colocc.passes.graph import Graph, first_type
+from colocc.passes.phases import cut
+from colocc.runtime import megatron
+from colocc.runtime.data import Batches, fingerprint, holding_of, sample_runs
+from colocc.runtime.execute import Executor
+from colocc.runtime.groups import (
+    ProcessGroups,
+    agree_on,
+    close_groups,
+    open_groups,
+    process_groups,
+)
+from colocc.runtime.redistribution import Redistribution
+from colocc.runtime.schedule import three_phase
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+class Program:
+    """A compiled model. ``print(program)`` is its page; ``program(**batch)`` its forward at pp = 1.
+
+    A batch is a dict of the forward's arguments, global and the same on every rank: the program
+    cuts out what this rank reads. ``samples`` says which samples that is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        mine: Graph | None,
+        groups: ProcessGroups | None,
+        batch_dims: dict[str, int],
+        timeout: timedelta,
+    ) -> None:
+        self.model, self.graph, self.batch_dims = model, graph, batch_dims
+        self.rank = dist.get_rank() if dist.is_initialized() else None
+        self.groups, self._owns_groups = groups, False
+        self._optional = megatron.optional_inputs(model)
+        self._agreed = self._destroyed = False
+        self.cut: list[fx.Node] = []
+        self.redistributions: dict[str, Redistribution] = {}
+        self._members: tuple[tuple[int, ...], ...] = ()
+        self._world: weakref.ref[dist.ProcessGroup] | None = None
+        if self.rank is not None and mine is not None:
+            self._bind(self.rank, mine, timeout)
+
+    def _bind(self, rank: int, mine: Graph, timeout: timedelta) -> None:
+        """Open the groups of the plans, in one order on all ranks, and bind this rank's graph."""
+        if self.groups is None and megatron.is_mimo(self.model):
+            self.groups, self._owns_groups = (
+                process_groups(self.graph.layouts, timeout=timeout),
+                True,
+            )
+        plans = self.graph.plans
+        self._members = tuple(
+            dict.fromkeys(group for plan in plans.values() for group in plan.member_lists())
+        )
+        assert dist.group.WORLD is not None
+        self._world = weakref.ref(dist.group.WORLD)
+        opened = open_groups(self._members, timeout=timeout)
+        self._mine = mine
+        moves = self.redistributions
+        for node in mine.fx.nodes:
+            if node.name in plans:
+                found = first_type(node.meta["types"])
+                dim = found.batch if found is not None and found.batch is not None else 0
+                moves[node.name] = Redistribution(
+                    plans[node.name], opened, rank, name=node.name, dim=dim
+                )
+        self.cut = cut(mine)
+        self._encode = Executor(mine, "encode", self.model, moves, self.cut)
+        self._output = mine.output()
+        self._language = Executor(mine, "language", self.model, moves, self._output.all_input_nodes)
+
+    def __str__(self) -> str:
+        return page(self.graph)
+
+    def ranks(self, name: str) -> str:
+        """Which part of the samples each rank holds before and after the redistribution
+        ``name``."""
+        return ranks(self.graph, name)
+
+    def dot(self) -> str:
+        """The graph in graphviz's language."""
+        return dot(self.graph)
+
+    def samples(
+        self, *, num_microbatches: int, batch_size: int, rank: int | None = None
+    ) -> dict[str, list[tuple[int, int]]]:
+        """For each module, the (microbatch, sample) pairs that ``rank`` reads, in order.
+
+        ``batch_size`` is the samples of one global microbatch.
+        """
+        who = self.rank if rank is None else rank
+        if who is None:
+            raise LayoutError("samples() needs a rank where torch.distributed is not initialised")
+        dp = self.graph.layouts[self.graph.sink].dp
+        return {
+            name: [
+                (microbatch, sample)
+                for microbatch, start, stop in sample_runs(
+                    holding_of(self.graph, name), dp, num_microbatches, batch_size, who
+                )
+                for sample in range(start, stop)
+            ]
+            for name in self.graph.layouts
+        }
+
+    def encode(self, batches: Batches) -> list[Any]:
+        """Phase 1: the values that cross to the language phase, for the samples of the whole
+        step."""
+        values = {
+            node: batches.encoder_input(node)
+            for node in self._mine.placeholders()
+            if node.meta["phase"] == "encode"
+        }
+        return self._encode(values)
+
+    def language(self, batches: Batches, microbatch: int, crossing: list[Any]) -> Any:
+        """One microbatch through this rank's part of the language phase; what the forward
+        returns."""
+        values = {
+            node: batches.sink_input(node, microbatch)
+            for node in self._mine.placeholders()
+            if node.meta["phase"] == "language"
+        }
+        values |= dict(zip(self.cut, crossing, strict=True))
+        results = dict(zip(self._output.all_input_nodes, self._language(values), strict=True))
+        return fx.node.map_arg(self._output.args[0], results.__getitem__)
+
+    def __call__(self, **batch: Any) -> Any:
+        """Return what the model's forward returns for this rank's replica of ``batch``.
+
+        Raises: LayoutError if the language module is pipelined, or the batch lacks or adds an
+        input.
+        """
+        layout = self.graph.layouts[self.graph.sink]
+        if layout.pp > 1:
+            raise LayoutError(
+                f"{self.graph.sink} ({layout}) is pipelined over {layout.pp} stages: call "
+                "program.forward_backward(batches, num_microbatches=..., loss_func=...)"
+            )
+        batches = self._batches([batch])
+        return self.language(batches, 0, self.encode(batches))
+
+    def forward_backward(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        *,
+        num_microbatches: int,
+        loss_func: Callable[..., Any] | None = None,
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        force_all_reduce: bool = False,
+        seq_length: int | None = None,
+    ) -> list[Any]:
+        """Run forward and backward of one training step and finalise its gradients.
+
+        Takes ``num_microbatches`` global microbatches from ``batches``. ``loss_func`` gets what the
+        model's forward returns and follows Megatron's contract: it returns (loss sum, tokens, log),
+        or (loss, log). Returns the logs on the last stage, [] elsewhere.
+
+        Raises: LayoutError, before any collective, for batches that cannot be cut or modules that
+        nothing would reduce.
+        """
+        found, error, length = None, None, 0
+        try:
+            self._check_trainable(forward_only)
+            taken = self._take(batches, num_microbatches)
+            found = self._prepare(taken)
+            length = seq_length or taken[0]["input_ids"].shape[1]
+        except Exception as problem:  # noqa: BLE001 - agreed on, then raised on every rank
+            error = problem
+        self._agree_once(found, error)
+        assert found is not None
+        return three_phase(
+            self,
+            found,
+            loss_func,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+            force_all_reduce=force_all_reduce,
+            seq_length=length,
+        )
+
+    def _check_trainable(self, forward_only: bool) -> None:
+        if not megatron.is_mimo(self.model):
+            raise LayoutError(
+                f"forward_backward runs Megatron's schedules, {type(self.model).__name__} is no "
+                "MimoModel: call program(**batch) and loss.backward()"
+            )
+        if forward_only:
+            return
+        if not torch.is_grad_enabled():
+            raise LayoutError(
+                "forward_backward was called under torch.no_grad(), so there is no backward: leave "
+                "no_grad, or write forward_only=True"
+            )
+        for name, module in self.trainable().items():
+            megatron.require_ddp(name, module)
+
+    def _take(self, batches: Iterable[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+        if type(count) is not int or count < 1:
+            raise LayoutError(f"num_microbatches is {count!r}: give an integer of at least 1")
+        taken = list(islice(iter(batches), count))
+        if len(taken) < count:
+            raise LayoutError(
+                f"the batches ended after {len(taken)} of {count} microbatches. Give {count}, or "
+                f"num_microbatches={len(taken)}"
+            )
+        return taken
+
+    def _batches(self, microbatches: list[Mapping[str, Any]]) -> Batches:
+        found, error = None, None
+        try:
+            found = self._prepare(microbatches)
+        except Exception as problem:  # noqa: BLE001 - agreed on, then raised on every rank
+            error = problem
+        self._agree_once(found, error)
+        assert found is not None
+        return found
+
+    def _prepare(self, microbatches: list[Mapping[str, Any]]) -> Batches:
+        if self.rank is None:
+            raise LayoutError(
+                "torch.distributed was not initialised when the program was compiled: it can be "
+                "printed, not run. Call init_process_group before compile()."
+            )
+        if self._destroyed:
+            raise LayoutError("the program was destroyed: compile the model again")
+        return Batches(self.graph, microbatches, self.rank, self.batch_dims, self._optional)
+
+    def _agree_once(self, batches: Batches | None, error: Exception | None) -> None:
+        """The first batch is compared across ranks: a rank with another batch is named, not waited
+        for."""
+        if self._agreed or self.rank is None:
+            if error is not None:
+                raise error
+            return
+        text = "" if batches is None else fingerprint(batches.microbatches)
+        agree_on("the batch, which must be global", text, error)
+        self._agreed = True
+
+    def trainable(self) -> dict[str, nn.Module]:
+        """The modules of the layouts with a parameter that requires grad, in the order of the
+        layouts."""
+        modules = {n: self.model.get_submodule(path) for n, path in self.graph.targets.items()}
+        return {n: m for n, m in modules.items() if any(p.requires_grad for p in m.parameters())}
+
+    @property
+    def sink_module(self) -> nn.Module:
+        """The module that every other one feeds, with its wrappers."""
+        return self.model.get_submodule(self.graph.targets[self.graph.sink])
+
+    def collection(self, name: str) -> ProcessGroupCollection:
+        """The process groups of the module ``name``."""
+        if self.groups is None:
+            raise LayoutError(
+                "this program has no Megatron process groups: it was compiled without any"
+            )
+        return self.groups[name]
+
+    def optimizer(self, config: OptimizerConfig) -> Any:
+        """Megatron's MimoOptimizer over the modules, each on its own groups; frozen ones are left
+        out."""
+        if self.groups is None:
+            raise LayoutError("optimizer() needs Megatron process groups: give compile() groups=")
+        modules = {n: self.model.get_submodule(path) for n, path in self.graph.targets.items()}
+        return megatron.mimo_optimizer(modules, self.groups, config)
+
+    def destroy(self) -> None:
+        """Give back the process groups that the program opened."""
+        self._destroyed = True
+        if self._world is not None:
+            close_groups(self._members, world=self._world)
+        self._members = ()
+        if self._owns_groups and self.groups is not None:
+            self.groups.destroy()
+            self.groups, self._owns_groups = None, False
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.destroy()
