@@ -39,6 +39,8 @@ PRELOAD = (
 )
 # How long the peers of a failed rank may take to notice.
 GRACE = 0.5
+# How long destroying the groups may take, on a crowded machine.
+LEAVE = 60.0
 
 _one_world = threading.Lock()
 
@@ -189,10 +191,8 @@ class ProcessPool:
             self._collect(outcomes, timeout)
             if outcomes.errors or outcomes.missing():
                 self.close()
-            for _, connection in self._workers[:world]:
-                connection.send("leave")
-            for _, connection in self._workers[:world]:
-                connection.recv()
+            else:
+                self._leave(world)
         return cast(list[R], outcomes.finish(timeout))
 
     def close(self) -> None:
@@ -213,6 +213,16 @@ class ProcessPool:
             process.start()
             theirs.close()
             self._workers.append((process, mine))
+
+    def _leave(self, world: int) -> None:
+        """Have the ranks destroy their groups together; those of a rank that cannot end with it."""
+        for _, connection in self._workers[:world]:
+            connection.send("leave")
+        for rank, (_, connection) in enumerate(self._workers[:world]):
+            if not connection.poll(LEAVE):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {world} cannot destroy its groups")
+            connection.recv()
 
     def _collect(self, outcomes: _Outcomes, timeout: float) -> None:
         """Fill ``outcomes`` until every rank has answered, or no more are to be expected."""

@@ -72,7 +72,7 @@ def test_threads_leave_nothing_behind() -> None:
     before = threading.active_count(), psutil.Process().num_fds()
     for _ in range(3):
         run_threads(4, collectives)
-    assert threading.active_count() == before[0]
+    assert threading.active_count() <= before[0]
     assert psutil.Process().num_fds() <= before[1]
     assert not dist.is_initialized()
 
