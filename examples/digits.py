@@ -81,6 +81,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="weights and activations; on by itself on GPUs",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out/digits"))
     parser.add_argument(
         "--compare", action=argparse.BooleanOptionalAction, default=True,
@@ -145,7 +149,7 @@ def train_and_read(
         train_scans, options.global_batch, options.microbatches, options.seed
     )
     with colocc.process_groups(layouts) as groups:
-        model = build_model(groups, seed=options.seed, bf16=device.type == "cuda")
+        model = build_model(groups, seed=options.seed, bf16=options.bf16)
         with dumps(options.out / "dumps"):
             program = colocc.compile(
                 model, layouts, groups=groups, example_inputs=lessons.step(0)[0]
@@ -181,8 +185,8 @@ def train(
         weight_decay=0.1,
         adam_beta2=0.95,
         clip_grad=1.0,
-        bf16=device.type == "cuda",
-        params_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        bf16=options.bf16,
+        params_dtype=torch.bfloat16 if options.bf16 else torch.float32,
     )
     optimizer = program.optimizer(config)
     model: Any = program.model
@@ -294,7 +298,8 @@ def one_process(options: argparse.Namespace) -> digits_report.Run:
 def numbers(options: argparse.Namespace) -> list[str]:
     """The options that any layout shares, as they are written on a command line."""
     names = ("steps", "global_batch", "microbatches", "learning_rate", "seed")
-    return [word for n in names for word in (f"--{n.replace('_', '-')}", str(getattr(options, n)))]
+    pairs = [(f"--{name.replace('_', '-')}", str(getattr(options, name))) for name in names]
+    return [*(word for pair in pairs for word in pair), "--bf16" if options.bf16 else "--no-bf16"]
 
 
 def demo(options: argparse.Namespace) -> int:

@@ -49,7 +49,7 @@ def test_parse_says_what_does_not_fit(
 
 
 def test_numbers_are_a_command_line() -> None:
-    options = digits.parse([*SHORT, "--seed", "5", "--learning-rate", "0.25"])
+    options = digits.parse([*SHORT, "--seed", "5", "--learning-rate", "0.25", "--bf16"])
     again = digits.parse(digits.numbers(options))
     assert vars(again) == vars(options)
 
@@ -90,6 +90,15 @@ def test_ranks_train_and_read_as_one_process_does(processes: ProcessPool, tmp_pa
     assert ranks[0].accuracy == pytest.approx(alone.accuracy, abs=1 / 360)
     assert ranks[0].losses[0] != ranks[0].losses[-1]
     assert ranks[0].ranks == 4
+
+
+def test_bf16_runs_and_loses_little(processes: ProcessPool, tmp_path: Path) -> None:
+    layouts = {"images": Layout(dp=2), "language": Layout(tp=2)}
+    runs = []
+    for precision in ("--bf16", "--no-bf16"):
+        options = digits.parse([*SHORT, precision, "--out", str(tmp_path)])
+        runs.append(processes.run(2, partial(run_on_rank, options=options, layouts=layouts))[0])
+    assert 0 < digits_report.largest_difference(*runs) < 0.02
 
 
 def test_the_command_on_one_process_ends_with_one_line(tmp_path: Path) -> None:
