@@ -23,6 +23,7 @@ from typing import Any, Self, cast
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore, Store
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d
 
 PRELOAD = (
@@ -140,6 +141,10 @@ def _worlds_per_thread() -> Iterator[None]:
     """Inside, each thread has its own c10d world and registry of group names."""
     world, threads = distributed_c10d._world, torch.get_num_threads()
     torch.set_num_threads(1)
+    # Without a GPU, the first thread to enter this mode lends the process a device guard of its own
+    # storage: it must be one that does not end, or the next to enter is a segfault.
+    with FakeTensorMode():
+        pass
     isolate: Callable[[bool], None] = vars(torch._C._distributed_c10d)["_set_thread_isolation_mode"]
     isolate(True)
     distributed_c10d._world = cast(Any, _WorldOfThread())
