@@ -98,7 +98,7 @@ def test_bf16_runs_and_loses_little(processes: ProcessPool, tmp_path: Path) -> N
     for precision in ("--bf16", "--no-bf16"):
         options = digits.parse([*SHORT, precision, "--out", str(tmp_path)])
         runs.append(processes.run(2, partial(run_on_rank, options=options, layouts=layouts))[0])
-    assert 0 < digits_report.largest_difference(*runs) < 0.02
+    assert 0 < digits_report.largest_difference(runs[0], runs[1]) < 0.02
 
 
 def test_the_command_on_one_process_ends_with_one_line(tmp_path: Path) -> None:
