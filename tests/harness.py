@@ -22,7 +22,14 @@ from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, HashStore, Store
+from torch._C._distributed_c10d import (
+    DebugLevel,
+    FileStore,
+    HashStore,
+    Store,
+    get_debug_level,
+    set_debug_level,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d
 
@@ -77,7 +84,9 @@ class _Outcomes:
         return [self.values[rank] for rank in range(self.world)]
 
 
-def run_threads[R](world: int, fn: Callable[[int], R], *, timeout: float = 60.0) -> list[R]:
+def run_threads[R](
+    world: int, fn: Callable[[int], R], *, timeout: float = 60.0, detail: bool = False
+) -> list[R]:
     """``fn(rank)`` of every rank, each a thread with a gloo world of its own.
 
     The ranks share torch's random generator. A rank that hangs stays behind as a daemon thread.
@@ -102,7 +111,7 @@ def run_threads[R](world: int, fn: Callable[[int], R], *, timeout: float = 60.0)
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    with _one_world, _worlds_per_thread():
+    with _one_world, _worlds_per_thread(detail):
         threads = [
             threading.Thread(target=rank_main, args=(rank,), name=f"rank{rank}", daemon=True)
             for rank in range(world)
@@ -137,7 +146,7 @@ class _WorldOfThread(threading.local):
 
 
 @contextlib.contextmanager
-def _worlds_per_thread() -> Iterator[None]:
+def _worlds_per_thread(detail: bool) -> Iterator[None]:
     """Inside, each thread has its own c10d world and registry of group names."""
     world, threads = distributed_c10d._world, torch.get_num_threads()
     torch.set_num_threads(1)
@@ -148,9 +157,13 @@ def _worlds_per_thread() -> Iterator[None]:
     isolate: Callable[[bool], None] = vars(torch._C._distributed_c10d)["_set_thread_isolation_mode"]
     isolate(True)
     distributed_c10d._world = cast(Any, _WorldOfThread())
+    # torch 2.11's wrapper for DETAIL crashes natively now and then where ranks are threads.
+    level = get_debug_level()
+    set_debug_level(DebugLevel.DETAIL if detail else DebugLevel.OFF)
     try:
         yield
     finally:
+        set_debug_level(level)
         distributed_c10d._world = world
         isolate(False)
         torch.set_num_threads(threads)

@@ -94,7 +94,7 @@ def test_threads_name_the_hung_rank() -> None:
 
 def test_threads_refuse_mismatched_types() -> None:
     with pytest.raises(RuntimeError, match="mismatch"):
-        run_threads(2, mismatch, timeout=10)
+        run_threads(2, mismatch, timeout=10, detail=True)
 
 
 def test_processes_collectives_and_sends(processes: ProcessPool) -> None:

@@ -40,10 +40,15 @@ def run_on_rank(
         return digits_train.train_and_read(options, layouts, torch.device("cpu"))
 
 
-def test_ranks_train_and_read_as_one_process_does(processes: ProcessPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("images", "language"), [("tp1 dp4", "tp2 pp2"), ("tp2 dp2", "pp2 dp2"), ("tp2 dp2", "dp4")]
+)
+def test_ranks_train_and_read_as_one_process_does(
+    processes: ProcessPool, tmp_path: Path, images: str, language: str
+) -> None:
     options = digits.parse([*SHORT, "--out", str(tmp_path)])
     one = {"images": Layout(), "language": Layout()}
-    layouts = {"images": Layout(dp=4), "language": Layout(tp=2, pp=2)}
+    layouts = {"images": Layout.parse(images), "language": Layout.parse(language)}
     alone = processes.run(1, partial(run_on_rank, options=options, layouts=one))[0]
     ranks = processes.run(4, partial(run_on_rank, options=options, layouts=layouts))
     assert all(run == ranks[0] for run in ranks)
