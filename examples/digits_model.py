@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -158,10 +158,12 @@ def build_model(
 
 def vision_spec(config: TransformerConfig, groups: ProcessGroupCollection) -> ModuleSpec:
     """The images module: the ViT and the projection to the language model's hidden size."""
+    # An affine projector gathers its output over tp, and would add a bias that is not gathered.
+    unbiased = replace(config, add_bias_linear=False)
     projector = ModuleSpec(
         module=MultimodalProjector,
         params={
-            "config": config,
+            "config": unbiased,
             "submodules": MLPSubmodules(ColumnParallelLinear, RowParallelLinear),
             "projector_type": "affine",
             "input_size": config.hidden_size,
