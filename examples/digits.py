@@ -66,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--layout", action="append", type=layout_argument, default=[], metavar="images=tp2,dp4"
     )
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--global-batch", type=int, default=128)
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=6e-3)
