@@ -9,6 +9,9 @@ it, and rank r has the coordinate ``floor(r / s_a) mod n_a``: a sympy expression
     layout.groups("pp")                     ((0, 2), (1, 3), (4, 6), (5, 7))
 
 ``ep`` is no factor of the product: experts see the ranks tp * cp * dp as tp * ep * expt_dp.
+
+``sp`` and ``zigzag`` say how the sequence of the module's values is cut (sequence.py); they move no
+rank.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ AXES = ("tp", "cp", "ep", "dp", "pp")
 DENSE = ("tp", "cp", "pp", "dp")
 EXPERT = {"tp": "expt_tp", "ep": "ep", "dp": "expt_dp", "pp": "pp"}
 DEFAULT_ORDER = "tp-cp-ep-dp-pp"
+FLAGS = ("sp", "zigzag")
 LIMIT = 1 << 20
 RANK = sympy.Symbol("r", integer=True, nonnegative=True)
 
@@ -47,6 +51,9 @@ Groups = tuple[tuple[int, ...], ...]
 class Layout:
     """The rank grid of one module: axis sizes, and their order, fastest first.
 
+    ``sp``: the sequence is cut over tp, too, as Megatron's sequence parallelism does. ``zigzag``:
+    each cp rank holds two chunks of it, from either end, which balances causal attention.
+
     Raises: LayoutError for a size that is no positive int, an ``ep`` that does not divide cp * dp,
     and a malformed order. An order may leave out axes of size 1; they are appended.
     """
@@ -57,6 +64,8 @@ class Layout:
     dp: int = 1
     ep: int = 1
     order: str = DEFAULT_ORDER
+    sp: bool = False
+    zigzag: bool = False
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -66,6 +75,9 @@ class Layout:
             raise LayoutError(f"{product} = {self.size} ranks; a layout has at most {LIMIT}.")
         object.__setattr__(self, "order", _order(self.order, {a: getattr(self, a) for a in AXES}))
         self._check_experts()
+        for flag in FLAGS:
+            if not isinstance(getattr(self, flag), bool):
+                raise LayoutError(f"{flag}={getattr(self, flag)!r} is neither True nor False.")
 
     def _check_experts(self) -> None:
         if (self.cp * self.dp) % self.ep:
@@ -167,11 +179,12 @@ class Layout:
             ):
                 order = order[:-3]
             words.append(f"order={order}")
-        return " ".join(words)
+        return " ".join(words + [flag for flag in FLAGS if getattr(self, flag)])
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """The inverse of ``str``: ``tp2 pp2 dp2``, also ``tp2,pp2,dp2``, and ``order=tp-cp-pp-dp``.
+        """The inverse of ``str``: ``tp2 pp2 dp2``, also ``tp2,pp2,dp2``, ``order=tp-cp-pp-dp``, and
+        ``sp`` and ``zigzag``.
 
         Raises: LayoutError that shows the offending word.
         """
@@ -179,11 +192,17 @@ class Layout:
             raise LayoutError(f"{text[:40]!a}... has {len(text)} characters; write at most 200.")
         sizes: dict[str, int] = {}
         order: str | None = None
+        flags: set[str] = set()
         for word in text.replace(",", " ").split():
             if word.startswith("order="):
                 if order is not None:
                     raise LayoutError(f"{text!a} gives the order twice; leave out {word!a}.")
                 order = word.removeprefix("order=")
+                continue
+            if word in flags:
+                raise LayoutError(f"{text!a} says {word!a} twice; leave one out.")
+            if word in FLAGS:
+                flags.add(word)
                 continue
             axis, size = _word(word, text)
             if axis in sizes:
@@ -191,7 +210,8 @@ class Layout:
             sizes[axis] = size
         if not sizes:
             raise LayoutError(f"{text!a} names no axis; write it like 'tp2 pp2 dp2'.")
-        return cls(**sizes, order=DEFAULT_ORDER if order is None else order)
+        given = dict.fromkeys(flags, True)
+        return cls(**sizes, **given, order=DEFAULT_ORDER if order is None else order)
 
     @classmethod
     def from_grid(cls, grid: HyperCommGrid) -> Layout:

@@ -1,86 +1,238 @@
 """What the solver answers for one edge: frozen, printable, free of tensors and process groups.
 
-All sizes are in *units*. One unit is the smallest run of samples that the plan moves as a whole; a
-step of the training loop has ``plan.units`` of them, in the order of the reading module: all of its
-first dp replica, microbatch by microbatch, then all of its second, and so on. So a plan holds for
-every batch whose samples divide by ``plan.units``, whatever the rows per sample.
+The global tensor is a grid of *cells*. Its dims are named:
+
+sample      the samples of one training step, in ``units``: the smallest runs of samples that the
+            plan moves as a whole. They are in the order of the reading module: all of its first dp
+            replica, microbatch by microbatch, then all of its second, and so on.
+sequence    equal chunks of the sequence, where a layout cuts it (cp, sp).
+row         equal chunks of the rows that the source made of one sample, where the source cuts them
+            and the reader counts by position
+position    chunks of the reader's sequence, to which the rows of a sample belong by the position of
+            their placeholder: as many rows as the batch says, possibly none
+
+A *box* is a part of the grid: a list of ascending intervals for each dim, and their product. So a
+plan holds for every batch, whatever the samples per unit and the rows per cell.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from math import prod
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from colocc.errors import LayoutError
 from colocc.layout import Layout
+from colocc.types import Type
 
 Interval = tuple[int, int]
-"""A half-open run of units: (start, stop)."""
+"""A half-open run of cells: (start, stop)."""
+Intervals = tuple[Interval, ...]
+Box = tuple[Intervals, ...]
+"""The product of ascending interval lists, one for each dim; () for nothing at all."""
+Array = NDArray[np.int32]
+Counts = NDArray[np.int64]
 
-Kind = Literal["narrow", "all_gather", "all_to_all"]
+Kind = Literal["narrow", "all_gather", "all_to_all", "send_recv", "all_reduce"]
+DIMS = ("sample", "sequence", "row", "position")
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Who gives which cells to whom, sorted by sender, receiver and place.
+
+    Shapes: ``src`` and ``dst`` [n]; ``low`` and ``high`` [n, dims]: move i carries the cells from
+    low[i] to high[i], one interval for each dim. A rank keeps cells by a move to itself.
+    """
+
+    src: Array
+    dst: Array
+    low: Array
+    high: Array
+
+    def __len__(self) -> int:
+        return len(self.src)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Moves) and all(
+            np.array_equal(mine, theirs)
+            for mine, theirs in zip(self._arrays(), other._arrays(), strict=True)
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(array.tobytes() for array in self._arrays()))
+
+    def __repr__(self) -> str:
+        rows = [
+            f"{src}->{dst} " + ",".join(f"{a}:{b}" for a, b in zip(low, high, strict=True))
+            for src, dst, low, high in zip(*(a.tolist() for a in self._arrays()), strict=True)
+        ]
+        return f"Moves({'; '.join(rows)})"
+
+    def _arrays(self) -> tuple[Array, Array, Array, Array]:
+        return self.src, self.dst, self.low, self.high
+
+    def cells(self) -> Counts:
+        """The number of cells of each move."""
+        found: Counts = np.prod(self.high.astype(np.int64) - self.low, axis=1)
+        return found
+
+    def select(self, keep: NDArray[np.bool_]) -> Moves:
+        """The moves at the true places of ``keep``."""
+        return Moves(*(array[keep] for array in self._arrays()))
+
+    def of(self, *, src: int | None = None, dst: int | None = None) -> Moves:
+        """The moves from one rank, or to one."""
+        keep = np.ones(len(self), dtype=bool)
+        if src is not None:
+            keep &= self.src == src
+        if dst is not None:
+            keep &= self.dst == dst
+        return self.select(keep)
+
+    @classmethod
+    def make(cls, src: Counts, dst: Counts, low: Counts, high: Counts) -> Moves:
+        """The moves in their order; arrays of any integer dtype."""
+        keys = [low[:, dim] for dim in reversed(range(low.shape[1]))]
+        order = np.lexsort((*keys, dst, src))
+        return cls(*(np.ascontiguousarray(a[order], dtype=np.int32) for a in (src, dst, low, high)))
+
+    @classmethod
+    def none(cls, dims: int) -> Moves:
+        empty = np.empty((0, dims), dtype=np.int32)
+        return cls(empty[:, 0], empty[:, 0], empty, empty)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a plan, for all ranks.
+    """One step of a plan, for all ranks: from what each holds before it to what it holds after.
 
-    ``groups`` are the sets of ranks that communicate, each ascending, in order of their first rank;
-    none for ``narrow``. Intervals count units of the rank's own buffer, before the step:
+    narrow      each rank keeps the cells of its moves to itself; nothing is communicated.
+    all_gather  every member of a group gets everything that each member holds; a rank in no group
+                keeps what it has. It has no moves.
+    all_to_all  every rank ends with exactly what is moved to it, by itself or by a member of its
+                group, in one collective of the group.
+    send_recv   the same, where no rank sends to or receives from more than one other.
+    all_reduce  every member of a group ends with the sum of what the members hold, which is the
+                same cells. It has no moves.
 
-    narrow      rank r keeps the intervals ``keeps[r]``, joined in that order.
-    all_gather  each rank sends its whole buffer to its group, joined by ascending rank; a rank in
-                no group keeps what it has.
-    all_to_all  rank r sends its interval (start, stop) to peer for each (peer, start, stop) in
-                ``sends[r]``, itself among the peers; what arrives is joined by ascending sender.
+    ``groups`` are the sets of ranks that communicate, each ascending, in order of their first rank.
+    ``adds``: what arrives for one cell from several ranks is summed.
     """
 
     kind: Kind
     groups: tuple[tuple[int, ...], ...] = ()
-    keeps: tuple[tuple[Interval, ...], ...] = ()
-    sends: tuple[tuple[tuple[int, int, int], ...], ...] = ()
+    moves: Moves = field(default_factory=lambda: Moves.none(1))
+    adds: bool = False
 
     def group_of(self, rank: int) -> tuple[int, ...] | None:
         return next((group for group in self.groups if rank in group), None)
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """How one dim is cut: ``cuts[i]`` are the cells of the ranks whose coordinates on ``axes`` make
+    the number i, the first axis counting fastest. No axes: every rank has ``cuts[0]``."""
+
+    axes: tuple[str, ...]
+    cuts: tuple[Intervals, ...]
+
+    def index(self, layout: Layout) -> Counts:
+        """The number i of every rank."""
+        found = np.zeros(layout.size, dtype=np.int64)
+        scale = 1
+        for axis in self.axes:
+            found += scale * layout.coordinates(axis)
+            scale *= layout.sizes[axis]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class Holding:
-    """Who holds which samples: ``slots[i]`` are the units of dp coordinate i of ``layout``, in the
-    order in which they lie in memory. ``stages`` are the pipeline coordinates that hold them, None
-    for all; every rank of another stage holds nothing."""
+    """Who holds which cells: the product of ``parts``, one for each dim, on ranks of ``stages``.
+
+    ``stages`` are the pipeline coordinates that hold them, None for all; every rank of another
+    stage holds nothing. ``partial`` are axes whose ranks hold the same cells, and each a summand of
+    their gradient.
+    """
 
     module: str
     layout: Layout
-    slots: tuple[tuple[Interval, ...], ...]
+    parts: tuple[Part, ...]
     stages: tuple[int, ...] | None = None
+    partial: tuple[str, ...] = ()
 
-    def units(self) -> tuple[tuple[Interval, ...], ...]:
-        """The intervals that each rank holds."""
-        dp, pp = self.layout.coordinates("dp").tolist(), self.layout.coordinates("pp").tolist()
-        return tuple(
-            self.slots[slot] if self.stages is None or stage in self.stages else ()
-            for slot, stage in zip(dp, pp, strict=True)
-        )
+    @property
+    def slots(self) -> tuple[Intervals, ...]:
+        """The units of each dp coordinate."""
+        return self.parts[0].cuts
+
+    def holds(self) -> NDArray[np.bool_]:
+        """Whether each rank is on a stage that holds anything."""
+        if self.stages is None:
+            return np.ones(self.layout.size, dtype=bool)
+        return np.isin(self.layout.coordinates("pp"), self.stages)
+
+    def boxes(self) -> list[Box]:
+        """The box of every rank, () for a rank that holds nothing."""
+        indices = [part.index(self.layout).tolist() for part in self.parts]
+        return [
+            tuple(part.cuts[i] for part, i in zip(self.parts, place, strict=True)) if holds else ()
+            for holds, *place in zip(self.holds().tolist(), *indices, strict=True)
+        ]
+
+    def box(self, rank: int) -> Box:
+        """The box of one rank."""
+        if not self.holds()[rank]:
+            return ()
+        return tuple(part.cuts[int(part.index(self.layout)[rank])] for part in self.parts)
+
+    def units(self) -> tuple[Intervals, ...]:
+        """The units of samples that each rank holds."""
+        return tuple(box[0] if box else () for box in self.boxes())
+
+    def cells(self) -> Counts:
+        """The number of cells that each rank holds."""
+        count = np.ones(self.layout.size, dtype=np.int64)
+        for part in self.parts:
+            sizes = np.array([length(cut) for cut in part.cuts], dtype=np.int64)
+            count *= sizes[part.index(self.layout)]
+        found: Counts = np.where(self.holds(), count, 0)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How one value gets from ``src`` to ``dst``, and its gradient back.
 
-    ``scale`` multiplies the gradient on its way back: the modules' own gradient reductions differ
-    (an average over another number of replicas, or a sum), and the product must be one.
-    ``where`` is the solved relation of the dp coordinates.
+    ``grid`` is the number of cells in each of ``dims``. ``scale`` multiplies the gradient on its
+    way back: the modules' own gradient reductions differ (an average over another number of
+    replicas, or a sum), and the product must be one. ``where`` are the solved relations between the
+    coordinates of both sides. ``value`` is the type of the source's value, where it is known.
+    ``reasons`` say why a direction takes more than one collective, or more bytes than its bound.
     """
 
     src: Holding
     dst: Holding
-    units: int
+    dims: tuple[str, ...]
+    grid: tuple[int, ...]
     kind: Literal["fan_in", "fan_out", "equal"]
-    ratio: int
-    where: str
+    ratio: Fraction
+    where: tuple[str, ...]
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
     scale: Fraction = Fraction(1)
+    value: Type | None = None
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def units(self) -> int:
+        return self.grid[0]
 
     @property
     def moves(self) -> bool:
@@ -92,51 +244,123 @@ class Plan:
         steps = self.forward + self.backward
         return tuple(dict.fromkeys(group for step in steps for group in step.groups))
 
-    def received(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Units that each rank receives from other ranks, forward and backward."""
-        return _received(self.forward, self.src), _received(self.backward, self.dst)
+    def received_cells(self) -> tuple[Counts, Counts]:
+        """Cells that each rank receives from other ranks, forward and backward.
 
-    def bound(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The least that each rank must receive, |need minus have| in units, forward and
-        backward."""
+        An all_reduce of n ranks counts as the best known: 2 * (n - 1) / n of what is reduced,
+        rounded up.
+        """
+        return received(self.forward, self.src), received(self.backward, self.dst)
+
+    def bound_cells(self) -> tuple[Counts, Counts]:
+        """The least that each rank must receive, |need minus have| in cells, forward and backward.
+
+        A cell whose gradient has summands on other ranks must be received once at least, even by a
+        rank that has a summand of its own.
+        """
         return _missing(self.src, self.dst), _missing(self.dst, self.src)
 
+    def received(self) -> tuple[list[int], list[int]]:
+        """Bytes that each rank receives for one step's batch of the type's size, forward and
+        backward.
 
-def length(intervals: tuple[Interval, ...]) -> int:
-    """The number of units in ``intervals``."""
+        Raises: LayoutError if the plan was solved for no type of known size.
+        """
+        forward, backward = self.received_cells()
+        return self._bytes(forward), self._bytes(backward)
+
+    def bound(self) -> tuple[list[int], list[int]]:
+        """The lower bound of ``received``, in bytes."""
+        forward, backward = self.bound_cells()
+        return self._bytes(forward), self._bytes(backward)
+
+    def cell_bytes(self) -> Fraction | None:
+        """Bytes of a cell of the value, None where its size is not known.
+
+        With the dim position, the mean: how many rows a chunk has is for the batch to say.
+        """
+        value = self.value
+        if value is None or value.batch is None or value.bytes_per_sample() is None:
+            return None
+        total = (value.bytes_per_sample() or 0) * value.dims[value.batch].samples
+        return Fraction(total, prod(self.grid))
+
+    def _bytes(self, cells: Counts) -> list[int]:
+        size = self.cell_bytes()
+        if size is None:
+            raise LayoutError(
+                f"the bytes of {self.src.module} -> {self.dst.module} depend on the size of its "
+                "value, which is not known: solve it for a type such as bf16[8@dp,576,4096]"
+            )
+        return [int(count * size) for count in cells.tolist()]
+
+    def simulate(
+        self, shards: Sequence[np.ndarray], *, backward: bool = False, tensor_dims: tuple[int, ...]
+    ) -> list[np.ndarray]:
+        """What every rank ends with, from what every rank holds (simulate.py)."""
+        from colocc.passes.solve.simulate import simulate
+
+        return simulate(self, shards, backward=backward, tensor_dims=tensor_dims)
+
+
+def length(intervals: Intervals) -> int:
+    """The number of cells in ``intervals``."""
     return sum(stop - start for start, stop in intervals)
 
 
-def _received(steps: tuple[Step, ...], start: Holding) -> tuple[int, ...]:
-    have = [length(units) for units in start.units()]
-    got = [0] * len(have)
-    for step in steps:
-        if step.kind == "narrow":
-            have = [length(keeps) for keeps in step.keeps]
-        elif step.kind == "all_gather":
-            for group in step.groups:
-                total = sum(have[rank] for rank in group)
-                for rank in group:
-                    got[rank] += total - have[rank]
-                for rank in group:
-                    have[rank] = total
-        else:
-            after = [0] * len(have)
-            for rank, sends in enumerate(step.sends):
-                for peer, first, last in sends:
-                    after[peer] += last - first
-                    got[peer] += (last - first) * (peer != rank)
-            have = after
-    return tuple(got)
+def volume(box: Box) -> int:
+    """The number of cells in ``box``."""
+    return prod(length(intervals) for intervals in box) if box else 0
 
 
-def _missing(have: Holding, need: Holding) -> tuple[int, ...]:
-    return tuple(
-        length(wants) - overlap(wants, holds)
-        for holds, wants in zip(have.units(), need.units(), strict=True)
-    )
-
-
-def overlap(left: tuple[Interval, ...], right: tuple[Interval, ...]) -> int:
-    """The number of units in both."""
+def overlap(left: Intervals, right: Intervals) -> int:
+    """The number of cells in both."""
     return sum(max(0, min(b, d) - max(a, c)) for a, b in left for c, d in right)
+
+
+def pieces(box: Box) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The corners (low, high) of the products of single intervals that make up ``box``, in order of
+    place, the last dim turning fastest."""
+    if not box:
+        return
+    stack: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]
+    for intervals in box:
+        stack = [((*low, a), (*high, b)) for low, high in stack for a, b in intervals]
+    yield from stack
+
+
+def received(steps: tuple[Step, ...], start: Holding) -> Counts:
+    """Cells that each rank receives from other ranks in ``steps``, from what ``start`` says."""
+    have = start.cells()
+    got = np.zeros(len(have), dtype=np.int64)
+    for step in steps:
+        if step.kind in ("all_gather", "all_reduce"):
+            for group in step.groups:
+                members = np.array(group)
+                total, size = int(have[members].sum()), len(group)
+                if step.kind == "all_gather":
+                    got[members] += total - have[members]
+                    have[members] = total
+                else:
+                    got[members] += -(-2 * (size - 1) * have[members] // size)
+            continue
+        cells, moves = step.moves.cells(), step.moves
+        after = np.zeros(len(have), dtype=np.int64)
+        np.add.at(after, moves.dst, cells)
+        other = moves.src != moves.dst
+        np.add.at(got, moves.dst[other], cells[other])
+        have = after
+    return got
+
+
+def _missing(have: Holding, need: Holding) -> Counts:
+    """|need minus have| of every rank: the volume of its need less what it has of it."""
+    common = np.ones(need.layout.size, dtype=np.int64)
+    for left, right in zip(have.parts, need.parts, strict=True):
+        pairs = np.stack([left.index(have.layout), right.index(need.layout)])
+        unique, where = np.unique(pairs, axis=1, return_inverse=True)
+        shared = [overlap(left.cuts[i], right.cuts[j]) for i, j in unique.T.tolist()]
+        common *= np.array(shared, dtype=np.int64)[where.ravel()]
+    alone = prod(have.layout.sizes[axis] for axis in have.partial) == 1
+    own = have.holds() & alone
+    return np.where(need.holds(), need.cells() - np.where(own, common, 0), 0)

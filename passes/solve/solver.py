@@ -1,72 +1,92 @@
-"""Solve one edge: from the layouts of source and reader, the steps forward and backward.
+"""Solve one edge: from what source and reader hold, the steps forward and backward.
 
 Algorithm:
-1. Choose which samples each encoder slot holds. Slot s gets, of the samples of language replica d,
-   the share that its ranks have in d: cells[s, d] = |ranks of s and d| / world. Rows and columns
-   sum to 1/dp of either side, whatever the rank orders, so it is always a bijection; and no rank
-   waits for samples that it could have encoded itself.
-2. Forward, every reader takes each missing unit from the rank of the holding slot that has the
-   reader's own coordinates on the source layout apart from dp (and pp): so a group is part of one
-   of the source's dp groups, and suppliers share the load.
-3. Backward is the same question with the roles swapped: the source's ranks read the gradient that
-   the readers hold. The gradient of a tp-replicated value is itself replicated (each tp rank has
-   all of it), so each unit is taken from exactly one holder and nothing is summed.
-4. Name the step: units that stay are a narrow; a group whose members all need all of it is an
-   all_gather; anything else is one all_to_all.
+1. Choose which samples each slot of the source holds (slots.py). With the sequence (sequence.py)
+   that gives every rank's box on both sides: have and need.
+2. Cut every dim at all borders of both sides: each elementary interval then has one owner at the
+   source and one at the reader, and their products are the pieces to move.
+3. Every reader takes each piece from the rank of its owner that has the reader's own coordinates on
+   the axes that the source replicates (its lane); from itself where it is that rank. So nothing is
+   received twice, and suppliers share the load.
+4. Backward is the same question with the roles swapped: the source's ranks read the gradient that
+   the readers hold. Where the readers' gradients are replicated (tp), each piece is taken from
+   exactly one of them; where they are summands (a value that every cp rank reads whole), from one of
+   each, and they are added.
+5. Name the step: pieces that stay are a narrow; groups whose members all need what each holds are an
+   all_gather; a permutation is a send_recv; anything else is one all_to_all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
-from math import gcd
+from math import lcm, prod
 from typing import Literal
 
 import numpy as np
 import sympy
+from numpy.typing import NDArray
 
 from colocc.errors import LayoutError
 from colocc.layout import RANK, Layout, closed_form
-from colocc.passes.solve.plan import Holding, Interval, Plan, Step, length
+from colocc.passes.solve.plan import Counts, Holding, Moves, Part, Plan, Step, received
+from colocc.passes.solve.slots import refine, replicas, slots_of
+from colocc.passes.solve.two_level import two_level
+from colocc.sequence import axes_of, cuts, form
+from colocc.types import Type
 
 FIRST_STAGE = (0,)
+Named = tuple[str, Layout]
 
 
 def solve(
-    src: tuple[str, Layout], dst: tuple[str, Layout], *, scale: Fraction = Fraction(1)
+    src: Named,
+    dst: Named,
+    *,
+    sink: Named | None = None,
+    dims: tuple[str, ...] = ("sample",),
+    scale: Fraction = Fraction(1),
+    value: Type | None = None,
+    ranks_per_node: int | None = None,
 ) -> Plan:
-    """Return the plan that carries a value of module ``src`` to module ``dst`` and its gradient
-    back.
+    """Return the plan that carries a value of module ``src`` to ``dst`` and its gradient back.
 
-    ``src`` and ``dst`` are (name, layout). The reader holds the value on its first stage only.
-    ``scale`` multiplies the gradient on its way back.
+    ``src``, ``dst`` and ``sink`` are (name, layout); the sink, whose replicas order the samples, is
+    ``dst`` if not given. ``dims`` are the dims that the layouts may cut (plan.py): sample alone,
+    with sequence, or with row and position. A dim that is left out is whole on every rank, and the
+    gradients of readers on several cp ranks are then summands. A pipelined reader holds the value
+    on its first stage only. ``scale`` multiplies the gradient on its way back. Groups that span
+    nodes of ``ranks_per_node`` ranks are crossed once by each byte where that can be.
 
-    Raises: LayoutError for a pair outside what the solver covers, naming both and the arithmetic.
+    Raises: LayoutError for a pair that is not on the same ranks, or a source with pp > 1.
     """
     check_pair(src, dst)
-    (src_name, src_layout), (dst_name, dst_layout) = src, dst
-    cells, units = _cells(src_layout, dst_layout)
-    stages = FIRST_STAGE if dst_layout.pp > 1 else None
-    holds = Holding(src_name, src_layout, _slots(cells))
-    reads = Holding(dst_name, dst_layout, _replicas(dst_layout.dp, units), stages)
-    larger, smaller = max(src_layout.dp, dst_layout.dp), min(src_layout.dp, dst_layout.dp)
+    have, need, grid = holdings(src, dst, sink or dst, dims)
+    forward, forward_why = steps(have, need, ranks_per_node)
+    backward, backward_why = steps(need, have, ranks_per_node)
+    larger, smaller = max(src[1].dp, dst[1].dp), min(src[1].dp, dst[1].dp)
     kind: Literal["fan_in", "fan_out", "equal"] = "equal"
-    if src_layout.dp != dst_layout.dp:
-        kind = "fan_in" if src_layout.dp > dst_layout.dp else "fan_out"
+    if src[1].dp != dst[1].dp:
+        kind = "fan_in" if src[1].dp > dst[1].dp else "fan_out"
+    reasons = [f"fwd {why}" for why in forward_why] + [f"bwd {why}" for why in backward_why]
     return Plan(
-        src=holds,
-        dst=reads,
-        units=units,
+        src=have,
+        dst=need,
+        dims=dims,
+        grid=grid,
         kind=kind,
-        ratio=larger // smaller,
-        where=_where(src, dst, cells),
-        forward=steps(holds, reads),
-        backward=steps(reads, holds),
+        ratio=Fraction(larger, smaller),
+        where=_where(have, need, dims),
+        forward=forward,
+        backward=backward,
         scale=scale,
+        value=value,
+        reasons=tuple(reasons),
     )
 
 
-def check_pair(src: tuple[str, Layout], dst: tuple[str, Layout]) -> None:
-    """Raise LayoutError unless this version of the solver covers the pair."""
+def check_pair(src: Named, dst: Named) -> None:
+    """Raise LayoutError unless a plan exists: both on the same ranks, the source not pipelined."""
     (src_name, src_layout), (dst_name, dst_layout) = src, dst
     if src_layout.size != dst_layout.size:
         raise LayoutError(
@@ -74,195 +94,299 @@ def check_pair(src: tuple[str, Layout], dst: tuple[str, Layout]) -> None:
             f"{dst_layout.size}: both must be on the same ranks. Make the products of the axes "
             "equal."
         )
-    for name, layout in (src, dst):
-        if layout.cp > 1:
-            raise LayoutError(
-                f"{name} ({layout}) has cp{layout.cp}: redistribution between {src_name} and "
-                f"{dst_name} covers cp1. Give the ranks of cp to dp or tp."
-            )
     if src_layout.pp > 1:
         raise LayoutError(
             f"{src_name} ({src_layout}) feeds {dst_name} and has pp{src_layout.pp}: an encoder "
             f"runs with pp1. Write tp{src_layout.tp} dp{src_layout.dp * src_layout.pp} for "
             f"{src_name}."
         )
-    larger, smaller = max(src_layout.dp, dst_layout.dp), min(src_layout.dp, dst_layout.dp)
-    if larger % smaller:
-        fits = [n for n in range(1, src_layout.size + 1) if src_layout.size % n == 0]
-        fits = [n for n in fits if n % dst_layout.dp == 0 or dst_layout.dp % n == 0]
-        raise LayoutError(
-            f"{src_name} ({src_layout}) has {src_layout.dp} dp slots, {dst_name} ({dst_layout}) "
-            f"has {dst_layout.dp}: {larger} % {smaller} = {larger % smaller}, neither divides the "
-            f"other. Give {src_name} dp {' or '.join(map(str, fits))}."
-        )
 
 
-def _cells(src: Layout, dst: Layout) -> tuple[np.ndarray, int]:
-    """cells[s, d]: units of replica d that slot s holds; and the units of a whole step."""
-    ranks = np.zeros((src.dp, dst.dp), dtype=np.int64)
-    np.add.at(ranks, (src.coordinates("dp"), dst.coordinates("dp")), 1)
-    common = gcd(*(int(count) for count in ranks.ravel()))
-    return ranks // common, src.size // common
+def holdings(
+    src: Named, dst: Named, sink: Named, dims: tuple[str, ...]
+) -> tuple[Holding, Holding, tuple[int, ...]]:
+    """What source and reader hold, and the grid that both are cut from."""
+    sides = [_sample_part(side, sink) for side in (src, dst)]
+    units = lcm(*(count for count, _ in sides))
+    parts = [
+        [Part(("dp",), tuple(refine(cut, units // count) for cut in slots))]
+        for count, slots in sides
+    ]
+    grid = [units]
+    for dim in dims[1:]:
+        cut = [
+            cuts(layout) if dim == "sequence" or (dim == "row") == (side == 0) else None
+            for side, (_, layout) in enumerate((src, dst))
+        ]
+        chunks = lcm(*(found[0] for found in cut if found is not None))
+        grid.append(chunks)
+        for side, found in enumerate(cut):
+            parts[side].append(_sequence_part((src, dst)[side][1], found, chunks))
+    stages = FIRST_STAGE if dst[1].pp > 1 else None
+    shared = ("cp",) if dst[1].cp > 1 and not {"sequence", "position"} & set(dims) else ()
+    return (
+        Holding(*src, tuple(parts[0])),
+        Holding(*dst, tuple(parts[1]), stages, partial=shared),
+        tuple(grid),
+    )
 
 
-def _slots(cells: np.ndarray) -> tuple[tuple[Interval, ...], ...]:
-    """Cut each replica's units among its slots, ascending; join what touches."""
-    slots: list[list[Interval]] = [[] for _ in range(cells.shape[0])]
-    start = 0
-    for replica in range(cells.shape[1]):
-        for slot in range(cells.shape[0]):
-            stop = start + int(cells[slot, replica])
-            if stop > start:
-                _append(slots[slot], (start, stop))
-            start = stop
-    return tuple(tuple(slot) for slot in slots)
+def _sample_part(side: Named, sink: Named) -> tuple[int, Sequence[tuple[tuple[int, int], ...]]]:
+    """The units and slots of one side: chosen for an encoder, in order for the sink itself."""
+    if side == sink:
+        return side[1].dp, replicas(side[1].dp, side[1].dp)
+    return slots_of(side[1], sink[1])
 
 
-def _replicas(dp: int, units: int) -> tuple[tuple[Interval, ...], ...]:
-    size = units // dp
-    return tuple(((index * size, (index + 1) * size),) for index in range(dp))
+def _sequence_part(
+    layout: Layout, found: tuple[int, tuple[tuple[tuple[int, int], ...], ...]] | None, chunks: int
+) -> Part:
+    if found is None or not axes_of(layout):
+        return Part((), (((0, chunks),),))
+    return Part(axes_of(layout), tuple(refine(cut, chunks // found[0]) for cut in found[1]))
 
 
-def _append(intervals: list[Interval], new: Interval) -> None:
-    if intervals and intervals[-1][1] == new[0]:
-        intervals[-1] = (intervals[-1][0], new[1])
-    else:
-        intervals.append(new)
+def steps(
+    have: Holding, need: Holding, ranks_per_node: int | None = None
+) -> tuple[tuple[Step, ...], list[str]]:
+    """The steps after which every rank holds what ``need`` says, and why if more than one
+    communicates."""
+    moves = _moves(have, need)
+    adds = _summands(have) > 1
+    other = moves.src != moves.dst
+    if not other.any():
+        return _narrow(have, moves, adds), []
+    if adds and (reduced := _as_all_reduce(have, need, moves)) is not None:
+        return reduced, []
+    groups = components(moves.src[other], moves.dst[other], have.layout.size)
+    if ranks_per_node is not None and not adds:
+        split = two_level(moves, groups, have.layout.size, ranks_per_node)
+        if split is not None:
+            return split, [f"two collectives: across nodes of {ranks_per_node} ranks, then inside"]
+    if not adds and (gather := _as_all_gather(have, need, moves, groups)) is not None:
+        return gather, []
+    why = [f"each cell has {_summands(have)} summands, one from each {have.partial[0]} rank"] * adds
+    return (Step(_exchange(moves, other), groups, moves, adds),), why
 
 
-def steps(have: Holding, need: Holding) -> tuple[Step, ...]:
-    """The steps after which every rank holds what ``need`` says, from what ``have`` says."""
-    pieces = _pieces(have, need)
-    world = have.layout.size
-    sends: list[dict[int, list[Interval]]] = [{} for _ in range(world)]
-    for reader, parts in enumerate(pieces):
-        for supplier, start, stop in parts:
-            _append(sends[supplier].setdefault(reader, []), (start, stop))
-    held = [length(units) for units in have.units()]
-    if all(set(to) <= {rank} for rank, to in enumerate(sends)):
-        return _narrow(held, [to.get(rank, []) for rank, to in enumerate(sends)])
-    groups = _components(sends)
-    gather = _as_all_gather(held, sends, groups)
-    if gather is not None:
-        return gather
-    flat = []
-    for rank, to in enumerate(sends):
-        if any(len(intervals) != 1 for intervals in to.values()):
-            raise LayoutError(
-                f"{have.module} ({have.layout}) -> {need.module} ({need.layout}): rank {rank} "
-                "would send several runs of samples to one peer, which this version does not "
-                "cover. Write both layouts in one order."
-            )
-        flat.append(tuple((peer, *to[peer][0]) for peer in sorted(to)))
-    return (Step("all_to_all", groups, sends=tuple(flat)),)
+def _exchange(moves: Moves, other: NDArray[np.bool_]) -> Literal["send_recv", "all_to_all"]:
+    """send_recv where no rank sends to or receives from more than one other."""
+    pairs = np.unique(np.stack([moves.src[other], moves.dst[other]]), axis=1)
+    once = all(len(np.unique(side)) == len(side) for side in pairs)
+    return "send_recv" if once else "all_to_all"
 
 
-def _pieces(have: Holding, need: Holding) -> list[list[tuple[int, int, int]]]:
-    """For every rank, in the order of its need: (supplier, start, stop) in the supplier's
-    buffer."""
-    layout, world = have.layout, have.layout.size
-    others = {axis: layout.coordinates(axis) for axis in layout.sizes if axis not in ("dp", "pp")}
-    stage = layout.coordinates("pp") if have.stages is None else np.full(world, have.stages[0])
-    own_slot, own_stage = layout.coordinates("dp"), layout.coordinates("pp")
-    wants = need.units()
-    found: list[list[tuple[int, int, int]]] = []
-    for rank in range(world):
-        coordinates = {axis: int(values[rank]) for axis, values in others.items()}
-        holds = have.stages is None or int(own_stage[rank]) in have.stages
-        parts = []
-        for slot, start, stop in _locate(have.slots, wants[rank]):
-            supplier = rank
-            if not (holds and slot == own_slot[rank]):
-                supplier = int(layout.rank(dp=slot, pp=int(stage[rank]), **coordinates))
-            parts.append((supplier, start, stop))
-        found.append(parts)
+def _summands(holding: Holding) -> int:
+    return prod(holding.layout.sizes[axis] for axis in holding.partial)
+
+
+def _elementary(left: Part, right: Part) -> tuple[Counts, Counts, Counts, Counts]:
+    """One dim cut at all borders of both sides: low, high, owner on the left, owner on the right."""
+    borders = np.unique(
+        [edge for part in (left, right) for cut in part.cuts for edge in _flat(cut)]
+    )
+    low, high = borders[:-1], borders[1:]
+    return low, high, _owners(left, low), _owners(right, low)
+
+
+def _flat(intervals: tuple[tuple[int, int], ...]) -> list[int]:
+    return [edge for interval in intervals for edge in interval]
+
+
+def _owners(part: Part, places: Counts) -> Counts:
+    rows = [(start, index) for index, cut in enumerate(part.cuts) for start, _ in cut]
+    starts, owners = np.array(sorted(rows), dtype=np.int64).T
+    found: Counts = owners[np.searchsorted(starts, places, side="right") - 1]
     return found
 
 
-def _locate(
-    slots: tuple[tuple[Interval, ...], ...], wants: tuple[Interval, ...]
-) -> list[tuple[int, int, int]]:
-    """``wants`` cut at the borders of the slots: (slot, start, stop) in the slot's buffer, in
-    order."""
-    cuts = []
-    for slot, intervals in enumerate(slots):
-        offset = 0
-        for start, stop in intervals:
-            for first, last in wants:
-                low, high = max(start, first), min(stop, last)
-                if low < high:
-                    cuts.append((low, slot, offset + low - start, offset + high - start))
-            offset += stop - start
-    return [(slot, start, stop) for _, slot, start, stop in sorted(cuts)]
+def _moves(have: Holding, need: Holding) -> Moves:
+    """Every piece that some rank needs, with its supplier; a rank's own pieces among them."""
+    low, high, owner, reader = _pieces(have, need)
+    order = np.argsort(reader, kind="stable")
+    low, high, owner, reader = low[order], high[order], owner[order], reader[order]
+    ranks = np.flatnonzero(need.holds())
+    place = _flat_index(need)[ranks]
+    first = np.searchsorted(reader, place, side="left")
+    count = np.searchsorted(reader, place, side="right") - first
+    dst = np.repeat(ranks, count)
+    piece = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    piece += np.repeat(first, count)
+    base, lane = _suppliers(have)
+    shifts = _summand_shifts(have)
+    src = [base[owner[piece]] + lane[dst] + shift for shift in shifts]
+    many = len(shifts)
+    return Moves.make(
+        np.concatenate(src), np.tile(dst, many), np.tile(low[piece], (many, 1)),
+        np.tile(high[piece], (many, 1)),
+    )  # fmt: skip
 
 
-def _narrow(held: list[int], keeps: list[list[Interval]]) -> tuple[Step, ...]:
-    if all(kept == [(0, size)] for kept, size in zip(keeps, held, strict=True)):
-        return ()
-    return (Step("narrow", keeps=tuple(tuple(kept) for kept in keeps)),)
+def _pieces(have: Holding, need: Holding) -> tuple[Counts, Counts, Counts, Counts]:
+    """The product of the elementary intervals of all dims: corners [n, dims], owner and reader."""
+    low = high = np.zeros((1, 0), dtype=np.int64)
+    owner = reader = np.zeros(1, dtype=np.int64)
+    left_scale = right_scale = 1
+    for left, right in zip(have.parts, need.parts, strict=True):
+        a, b, i, j = _elementary(left, right)
+        n, m = len(low), len(a)
+        low = np.hstack([np.repeat(low, m, axis=0), np.tile(a, n)[:, None]])
+        high = np.hstack([np.repeat(high, m, axis=0), np.tile(b, n)[:, None]])
+        owner = np.repeat(owner, m) + left_scale * np.tile(i, n)
+        reader = np.repeat(reader, m) + right_scale * np.tile(j, n)
+        left_scale *= len(left.cuts)
+        right_scale *= len(right.cuts)
+    return low, high, owner, reader
 
 
-def _components(sends: list[dict[int, list[Interval]]]) -> tuple[tuple[int, ...], ...]:
-    """The sets of ranks that exchange anything, directly or not."""
-    leader = list(range(len(sends)))
+def _flat_index(holding: Holding) -> Counts:
+    """One number for the place of each rank in the product of the parts."""
+    found = np.zeros(holding.layout.size, dtype=np.int64)
+    scale = 1
+    for part in holding.parts:
+        found += scale * part.index(holding.layout)
+        scale *= len(part.cuts)
+    return found
 
-    def find(rank: int) -> int:
-        while leader[rank] != rank:
-            leader[rank] = leader[leader[rank]]
-            rank = leader[rank]
-        return rank
 
-    for rank, to in enumerate(sends):
-        for peer in to:
-            low, high = sorted((find(rank), find(peer)))
-            leader[high] = low
-    members: dict[int, list[int]] = {}
-    for rank in range(len(sends)):
-        members.setdefault(find(rank), []).append(rank)
-    return tuple(tuple(group) for _, group in sorted(members.items()) if len(group) > 1)
+def _suppliers(have: Holding) -> tuple[Counts, Counts]:
+    """The rank that holds piece owner i for reader r is base[i] + lane[r]: the owner's coordinates
+    on the axes of the parts, the reader's own on all others; a stage that holds nothing stands for
+    the first that does."""
+    layout = have.layout
+    base = np.zeros(1, dtype=np.int64)
+    used: set[str] = set(have.partial)
+    for part in have.parts:
+        numbers = np.arange(len(part.cuts))
+        offset = np.zeros(len(part.cuts), dtype=np.int64)
+        for axis in part.axes:
+            offset += numbers % layout.sizes[axis] * layout.stride(axis)
+            numbers //= layout.sizes[axis]
+        # The first part turns fastest, as in _flat_index.
+        base = np.add.outer(offset, base).ravel()
+        used |= set(part.axes)
+    lane = np.zeros(layout.size, dtype=np.int64)
+    for axis in layout.sizes:
+        if axis in used:
+            continue
+        coordinate = layout.coordinates(axis)
+        if axis == "pp" and have.stages is not None:
+            coordinate = np.where(have.holds(), coordinate, have.stages[0])
+        lane += coordinate * layout.stride(axis)
+    return base, lane
+
+
+def _summand_shifts(have: Holding) -> list[int]:
+    """How far apart the ranks lie that hold the summands of one cell."""
+    shifts = [0]
+    for axis in have.partial:
+        size, stride = have.layout.sizes[axis], have.layout.stride(axis)
+        shifts = [shift + i * stride for i in range(size) for shift in shifts]
+    return shifts
+
+
+def _narrow(have: Holding, moves: Moves, adds: bool) -> tuple[Step, ...]:
+    held = have.cells()
+    kept = np.zeros(len(held), dtype=np.int64)
+    np.add.at(kept, moves.dst, moves.cells())
+    return () if np.array_equal(kept, held) else (Step("narrow", (), moves, adds),)
+
+
+def components(src: Counts, dst: Counts, world: int) -> tuple[tuple[int, ...], ...]:
+    """The sets of ranks that exchange anything, directly or not, by first rank."""
+    leader = np.arange(world)
+    while True:
+        low = np.minimum(leader[src], leader[dst])
+        after = leader.copy()
+        np.minimum.at(after, leader[src], low)
+        np.minimum.at(after, leader[dst], low)
+        after = after[after]
+        if np.array_equal(after, leader):
+            break
+        leader = after
+    order = np.argsort(leader, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(leader[order])) + 1)
+    return tuple(tuple(group.tolist()) for group in groups if len(group) > 1)
 
 
 def _as_all_gather(
-    held: list[int],
-    sends: list[dict[int, list[Interval]]],
-    groups: tuple[tuple[int, ...], ...],
+    have: Holding, need: Holding, moves: Moves, groups: tuple[tuple[int, ...], ...]
 ) -> tuple[Step, ...] | None:
-    """The steps as an all_gather of one interval per rank, after a narrow where that is not all it
-    has; None where members send different things, or not to everyone, or unequal amounts."""
-    kept: list[list[Interval]] = [to.get(rank, []) for rank, to in enumerate(sends)]
+    """The steps as an all_gather, after a narrow where members hold more than what they give; None
+    where members do not all need what each gives, or give unequal amounts."""
+    world = have.layout.size
+    own = moves.select(moves.src == moves.dst)
+    gives = np.zeros(world, dtype=np.int64)
+    np.add.at(gives, own.dst, own.cells())
+    needs = need.cells()
+    lane = _flat_index(need)
+    total = np.zeros(world, dtype=np.int64)
     for group in groups:
-        for rank in group:
-            to = sends[rank]
-            if set(to) != set(group) or any(part != to[rank] for part in to.values()):
-                return None
-        if len({length(tuple(kept[rank])) for rank in group}) != 1:
+        members = np.array(group)
+        same = len(np.unique(gives[members])) == 1 and len(np.unique(lane[members])) == 1
+        if not same or gives[group[0]] == 0 or not need.holds()[members].all():
             return None
-    return (*_narrow(held, kept), Step("all_gather", groups))
+        total[members] = gives[members].sum()
+    # Members give disjoint parts of what all of them need, so the sizes decide.
+    inside = total > 0
+    if not np.array_equal(total[inside], needs[inside]):
+        return None
+    senders = np.unique(np.stack([moves.src, moves.dst]), axis=1)
+    counts = np.bincount(senders[1], minlength=world)
+    sizes = np.zeros(world, dtype=np.int64)
+    for group in groups:
+        sizes[list(group)] = len(group)
+    if not np.array_equal(counts[inside], sizes[inside]):
+        return None
+    return (*_narrow(have, own, adds=False), Step("all_gather", groups))
 
 
-def _where(src: tuple[str, Layout], dst: tuple[str, Layout], cells: np.ndarray) -> str:
-    """The solved relation between the dp coordinates, as the dump prints it.
+def _as_all_reduce(have: Holding, need: Holding, moves: Moves) -> tuple[Step, ...] | None:
+    """The steps as an all_reduce over the ranks that hold summands of the same cells, after which
+    each has what it needs but for a narrow; None where cells must also travel, or where sending the
+    summands to those that need them (``moves``) takes fewer bytes."""
+    whole = Holding(have.module, have.layout, have.parts, have.stages)
+    kept = _moves(whole, need)
+    if (kept.src != kept.dst).any() or have.stages is not None:
+        return None
+    reduced = Step("all_reduce", have.layout.groups(*have.partial))
+    sent = np.bincount(moves.dst, moves.cells() * (moves.src != moves.dst), have.layout.size)
+    if received((reduced,), have).max() > sent.max():
+        return None
+    return (reduced, *_narrow(whole, kept, adds=False))
 
-    One side's coordinate is a function of the other's exactly if each row (or column) of ``cells``
-    has one entry. Sympy derives the closed form; where none exists the ranks' own coordinates
+
+def _where(have: Holding, need: Holding, dims: tuple[str, ...]) -> tuple[str, ...]:
+    """The solved relations between both sides' coordinates, as the dump prints them.
+
+    One side's dp is a function of the other's exactly if each slot is inside one replica, or each
+    replica in one slot. Sympy derives the closed form; where none exists the ranks' own coordinates
     stand.
     """
-    (src_name, src_layout), (dst_name, dst_layout) = src, dst
-    left, right = f"{src_name}.dp", f"{dst_name}.dp"
-    if (np.count_nonzero(cells, axis=1) == 1).all():
-        form = _fit(cells.argmax(axis=1), left)
-        if form is not None:
-            return f"{right} = {form}"
-    if (np.count_nonzero(cells, axis=0) == 1).all():
-        form = _fit(cells.argmax(axis=0), right)
-        if form is not None:
-            return f"{left} = {form}"
-    src_form = closed_form(src_layout.coordinate("dp"))
-    dst_form = closed_form(dst_layout.coordinate("dp"))
-    return f"{left} = {src_form}, {right} = {dst_form}"
+    left, right = f"{have.module}.dp", f"{need.module}.dp"
+    _, _, i, j = _elementary(have.parts[0], need.parts[0])
+    pairs = np.unique(np.stack([i, j]), axis=1)
+    found = None
+    for source, image, names in (
+        (pairs[0], pairs[1], (left, right)),
+        (pairs[1], pairs[0], (right, left)),
+    ):
+        if len(np.unique(source)) == len(source):
+            values = image[np.argsort(source)]
+            fitted = _fit(values, names[0])
+            found = found or (fitted and f"{names[1]} = {fitted}")
+    if found is None:
+        forms = [closed_form(side.layout.coordinate("dp")) for side in (have, need)]
+        found = f"{left} = {forms[0]}, {right} = {forms[1]}"
+    sequence = [
+        f"{side.module} holds {form(side.layout)}"
+        for side, part in ((have, have.parts[1:]), (need, need.parts[1:]))
+        if any(p.axes for p in part)
+    ]
+    return (found, *sequence)
 
 
-def _fit(values: np.ndarray, name: str) -> str | None:
+def _fit(values: Counts, name: str) -> str | None:
     """``values`` as ``floor(x / a) mod n`` of their index, printed with ``name`` for x."""
     size = len(values)
     image = int(values.max()) + 1
