@@ -10,10 +10,10 @@ Algorithm:
    received twice, and suppliers share the load.
 4. Backward is the same question with the roles swapped: the source's ranks read the gradient that
    the readers hold. Where the readers' gradients are replicated (tp), each piece is taken from
-   exactly one of them; where they are summands (a value that every cp rank reads whole), from one of
-   each, and they are added.
-5. Name the step: pieces that stay are a narrow; groups whose members all need what each holds are an
-   all_gather; a permutation is a send_recv; anything else is one all_to_all.
+   exactly one of them; where they are summands (a value that every cp rank reads whole), from one
+   of each, and they are added.
+5. Name the step: pieces that stay are a narrow; groups whose members all need what each holds are
+   an all_gather; a permutation is a send_recv; anything else is one all_to_all.
 """
 
 from __future__ import annotations
@@ -165,7 +165,10 @@ def steps(
             return split, [f"two collectives: across nodes of {ranks_per_node} ranks, then inside"]
     if not adds and (gather := _as_all_gather(have, need, moves, groups)) is not None:
         return gather, []
-    why = [f"each cell has {_summands(have)} summands, one from each {have.partial[0]} rank"] * adds
+    why = []
+    if adds:
+        axes = "-".join(have.partial)
+        why = [f"every cell has {_summands(have)} summands, one on each {axes} rank"]
     return (Step(_exchange(moves, other), groups, moves, adds),), why
 
 
@@ -181,7 +184,7 @@ def _summands(holding: Holding) -> int:
 
 
 def _elementary(left: Part, right: Part) -> tuple[Counts, Counts, Counts, Counts]:
-    """One dim cut at all borders of both sides: low, high, owner on the left, owner on the right."""
+    """One dim cut at all borders of both sides: low, high, owner on the left and on the right."""
     borders = np.unique(
         [edge for part in (left, right) for cut in part.cuts for edge in _flat(cut)]
     )
