@@ -7,8 +7,8 @@ The sequence is cut into equal chunks, and each rank holds one or two runs of th
     tp2 cp2 sp zigzag    chunks 0 1 2 3      cp0: 0 3   cp1: 1 2        tp t: the t-th of these
 
 Zigzag is Megatron's cut for causal attention (``get_batch_on_this_cp_rank``): of 2 * cp chunks,
-rank c has chunk c and chunk 2 * cp - 1 - c, one of little work and one of much. Sequence parallelism
-cuts what is left on the cp rank, in its order, over tp.
+rank c has chunk c and chunk 2 * cp - 1 - c, one of little work and one of much. Sequence
+parallelism cuts what is left on the cp rank, in its order, over tp.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def cuts(layout: Layout) -> tuple[int, tuple[Intervals, ...]]:
 
 def _part(cp: int, tp: int, cps: int, lanes: int, chunks: int, *, folded: bool) -> Intervals:
     """The chunks of one rank: its share of the local sequence, put back into the whole one."""
+    runs: tuple[Interval, ...]
     if folded:
         half = chunks // (2 * cps)
         runs = ((cp * half, (cp + 1) * half), ((2 * cps - 1 - cp) * half, (2 * cps - cp) * half))

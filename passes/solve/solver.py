@@ -19,19 +19,19 @@ Algorithm:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from math import lcm, prod
 from typing import Literal
 
 import numpy as np
 import sympy
-from numpy.typing import NDArray
 
 from colocc.errors import LayoutError
 from colocc.layout import RANK, Layout, closed_form
 from colocc.passes.solve.plan import Counts, Holding, Moves, Part, Plan, Step, received
 from colocc.passes.solve.slots import refine, replicas, slots_of
-from colocc.passes.solve.two_level import two_level
+from colocc.passes.solve.two_level import copies, split
 from colocc.sequence import axes_of, cuts, form
 from colocc.types import Type
 
@@ -62,6 +62,16 @@ def solve(
     """
     check_pair(src, dst)
     have, need, grid = holdings(src, dst, sink or dst, dims)
+    if ranks_per_node is not None:
+        slices = max(
+            copies(_moves(*ends, ranks_per_node), ranks_per_node)
+            for ends in ((have, need), (need, have))
+        )
+        if slices > 1:
+            dims, grid = (*dims, "slice"), (*grid, slices)
+            have, need = (
+                replace(side, parts=(*side.parts, _whole(slices))) for side in (have, need)
+            )
     forward, forward_why = steps(have, need, ranks_per_node)
     backward, backward_why = steps(need, have, ranks_per_node)
     larger, smaller = max(src[1].dp, dst[1].dp), min(src[1].dp, dst[1].dp)
@@ -142,8 +152,13 @@ def _sequence_part(
     layout: Layout, found: tuple[int, tuple[tuple[tuple[int, int], ...], ...]] | None, chunks: int
 ) -> Part:
     if found is None or not axes_of(layout):
-        return Part((), (((0, chunks),),))
+        return _whole(chunks)
     return Part(axes_of(layout), tuple(refine(cut, chunks // found[0]) for cut in found[1]))
+
+
+def _whole(cells: int) -> Part:
+    """A dim that every rank has all of."""
+    return Part((), (((0, cells),),))
 
 
 def steps(
@@ -151,32 +166,43 @@ def steps(
 ) -> tuple[tuple[Step, ...], list[str]]:
     """The steps after which every rank holds what ``need`` says, and why if more than one
     communicates."""
-    moves = _moves(have, need)
+    moves = _moves(have, need, ranks_per_node)
     adds = _summands(have) > 1
     other = moves.src != moves.dst
     if not other.any():
         return _narrow(have, moves, adds), []
-    if adds and (reduced := _as_all_reduce(have, need, moves)) is not None:
-        return reduced, []
-    groups = components(moves.src[other], moves.dst[other], have.layout.size)
-    if ranks_per_node is not None and not adds:
-        split = two_level(moves, groups, have.layout.size, ranks_per_node)
-        if split is not None:
-            return split, [f"two collectives: across nodes of {ranks_per_node} ranks, then inside"]
-    if not adds and (gather := _as_all_gather(have, need, moves, groups)) is not None:
-        return gather, []
     why = []
     if adds:
         axes = "-".join(have.partial)
         why = [f"every cell has {_summands(have)} summands, one on each {axes} rank"]
-    return (Step(_exchange(moves, other), groups, moves, adds),), why
+    if adds and (reduced := _as_all_reduce(have, need, moves)) is not None:
+        return reduced, why
+    groups = components(moves.src[other], moves.dst[other], have.layout.size)
+    if ranks_per_node is not None and not adds and copies(moves, ranks_per_node) > 1:
+        return _two_levels(moves, have.layout.size, ranks_per_node)
+    if not adds and (gather := _as_all_gather(have, need, moves, groups)) is not None:
+        return gather, []
+    return (_exchange(moves, groups, adds=adds),), why
 
 
-def _exchange(moves: Moves, other: NDArray[np.bool_]) -> Literal["send_recv", "all_to_all"]:
-    """send_recv where no rank sends to or receives from more than one other."""
+def _two_levels(
+    moves: Moves, world: int, ranks_per_node: int
+) -> tuple[tuple[Step, ...], list[str]]:
+    found = []
+    for level in split(moves, int(moves.high[:, -1].max()), ranks_per_node):
+        other = level.src != level.dst
+        groups = components(level.src[other], level.dst[other], world)
+        found.append(_exchange(level, groups, adds=False))
+    return tuple(found), [f"two collectives: across nodes of {ranks_per_node} ranks, then inside"]
+
+
+def _exchange(moves: Moves, groups: tuple[tuple[int, ...], ...], *, adds: bool) -> Step:
+    """A send_recv where no rank sends to or receives from more than one other, else an
+    all_to_all."""
+    other = moves.src != moves.dst
     pairs = np.unique(np.stack([moves.src[other], moves.dst[other]]), axis=1)
     once = all(len(np.unique(side)) == len(side) for side in pairs)
-    return "send_recv" if once else "all_to_all"
+    return Step("send_recv" if once else "all_to_all", groups, moves, adds)
 
 
 def _summands(holding: Holding) -> int:
@@ -203,7 +229,7 @@ def _owners(part: Part, places: Counts) -> Counts:
     return found
 
 
-def _moves(have: Holding, need: Holding) -> Moves:
+def _moves(have: Holding, need: Holding, ranks_per_node: int | None = None) -> Moves:
     """Every piece that some rank needs, with its supplier; a rank's own pieces among them."""
     low, high, owner, reader = _pieces(have, need)
     order = np.argsort(reader, kind="stable")
@@ -217,7 +243,10 @@ def _moves(have: Holding, need: Holding) -> Moves:
     piece += np.repeat(first, count)
     base, lane = _suppliers(have)
     shifts = _summand_shifts(have)
-    src = [base[owner[piece]] + lane[dst] + shift for shift in shifts]
+    lanes = lane[dst]
+    if ranks_per_node is not None:
+        lanes = _nearest(base[owner[piece]], lanes, dst, np.unique(lane), ranks_per_node)
+    src = [base[owner[piece]] + lanes + shift for shift in shifts]
     many = len(shifts)
     return Moves.make(
         np.concatenate(src), np.tile(dst, many), np.tile(low[piece], (many, 1)),
@@ -277,6 +306,21 @@ def _suppliers(have: Holding) -> tuple[Counts, Counts]:
             coordinate = np.where(have.holds(), coordinate, have.stages[0])
         lane += coordinate * layout.stride(axis)
     return base, lane
+
+
+def _nearest(
+    base: Counts, own: Counts, readers: Counts, lanes: Counts, ranks_per_node: int
+) -> Counts:
+    """The lane to take each piece from: the reader's own, unless only another lies on its node."""
+    node = readers // ranks_per_node
+    best, found = np.full(len(base), 2 * len(lanes)), own.copy()
+    start = np.searchsorted(lanes, own)
+    for turn in range(len(lanes)):
+        lane = lanes[(start + turn) % len(lanes)]
+        score = turn + len(lanes) * ((base + lane) // ranks_per_node != node)
+        better = score < best
+        best, found = np.where(better, score, best), np.where(better, lane, found)
+    return found
 
 
 def _summand_shifts(have: Holding) -> list[int]:
