@@ -6,6 +6,7 @@ arm that failed is noted, and the rest of its case runs again without it.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,11 @@ import torch
 from examples.benchmark import report
 from examples.benchmark.cases import SETS, Case
 
+# One hardware queue, as Megatron wants it to overlap communication; segments that can grow.
+SETTINGS = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
 Failed = dict[str, dict[str, str]]
 
 
@@ -51,6 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--overlap", action="store_true", help="DDP's overlap_grad_reduce")
+    parser.add_argument("--profile", action="store_true", help="a step of each arm, profiled")
     parser.add_argument("--eager", action="store_true", help="init_process_group(device_id=...)")
     return parser.parse_args(arguments)
 
@@ -93,6 +100,7 @@ def run(cases: list[Case], options: argparse.Namespace) -> str | None:
         "warmup": options.warmup,
         "overlap": options.overlap,
         "eager": options.eager,
+        "profile": options.profile,
     }
     path = options.out / "plan.json"
     path.write_text(json.dumps(plan))
@@ -101,7 +109,9 @@ def run(cases: list[Case], options: argparse.Namespace) -> str | None:
     command += [f"--nproc-per-node={options.ranks}", "-m", "examples.benchmark.worker", str(path)]
     log = options.out / "ranks.log"
     with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
+        code = subprocess.run(
+            command, stdout=file, stderr=file, check=False, env=SETTINGS | os.environ
+        ).returncode
     return None if code == 0 else reason_of(log.read_text(), code)
 
 

@@ -110,7 +110,7 @@ class Case:
 
 ALONE = ("language_only", "encoder_only")
 AHEAD = ("lookahead=1", "lookahead=2", "three_phase")
-PIPELINED = ("three_phase", "filled", *ALONE)
+PIPELINED = ("three_phase", *ALONE)
 SMALL, LARGE = "0.3B + 2.7B", "2.0B + 1.3B"
 
 
@@ -149,7 +149,7 @@ SETS: dict[str, tuple[Case, ...]] = {
         Case(LARGE, images, language, 2 * count, count, arms)
         for images, language, arms in (
             ("tp1 dp2", "tp2", ("megatron", "lookahead=1", "three_phase")),
-            ("tp1 dp2", "tp1 pp2", ("three_phase", "filled")),
+            ("tp1 dp2", "tp1 pp2", ("three_phase",)),
         )
         for count in (4, 8, 16, 32)
     ),

@@ -234,7 +234,8 @@ def fill(module: torch.nn.Module, groups: ProcessGroupCollection, prefix: str = 
 
 def make_batches(model: Model, size: int, count: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """``count`` global microbatches of ``size`` samples, the same on every rank."""
-    device = torch.cuda.current_device()
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     generator = torch.Generator(device).manual_seed(0)
 
     def tokens() -> torch.Tensor:

@@ -114,6 +114,12 @@ def table(result: Result) -> str:
             f"Encoder {encoder / (encoder + language):.1%} of the time of both alone, "
             f"T* = {best:.3f} s.",
         ]
+    lines += [
+        f"{arm}: {found['launches']} kernels launched, {found['waits']} waits for the GPU, which "
+        f"computed {found['computing']:.3f} s and was busy {found['busy']:.3f} s."
+        for arm, found in result["arms"].items()
+        if "launches" in found
+    ]
     base = "megatron" if "megatron" in result["arms"] else "three_phase"
     for arm in result["arms"]:
         found_ratio = ratio(result, arm, base)

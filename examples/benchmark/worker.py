@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 from colocc.runtime import cpu
 from examples.benchmark.arms import Arm, family, loss_per_token, opened
 from examples.benchmark.cases import Case
+from examples.benchmark.profiled import profiled
 
 GIB = 1 << 30
 
@@ -88,6 +89,8 @@ def run_case(case: Case, plan: dict[str, Any], note: Callable[[str], object]) ->
                     "outside_gib": outside,
                     "communicators": communicators,
                 }
+                if plan["profile"]:
+                    found[name] |= profiled(arms[name])
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return {
