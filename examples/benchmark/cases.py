@@ -56,6 +56,12 @@ class Model:
         logits = 6 * self.language.hidden * self.vocabulary * self.length
         return self.language.flops(samples, self.length) + samples * logits
 
+    def layers_beside_the_encoder(self) -> int:
+        """The language layers on the first of two stages, with the encoder, for equal work."""
+        layer = self.language.flops(1, self.length) / self.language.layers
+        half = (self.image_flops(1) + self.language_flops(1)) / 2
+        return max(1, round((half - self.image_flops(1)) / layer))
+
 
 MODELS = {
     "0.3B + 2.7B": Model(Tower(24, 1024, 16), Tower(32, 2560, 20)),
@@ -118,9 +124,11 @@ def _pp1(model: str, images: str, language: str, batch: int = 16) -> Case:
     return Case(model, images, language, batch, 4, ("megatron", *AHEAD, *ALONE))
 
 
-def _pp2(model: str, batch: int, microbatches: int, split: int, extra: int) -> Case:
-    """With the encoder inside the first stage beside half of the layers, and beside ``extra``."""
-    inside = (f"first_stage={split}", f"first_stage={extra}")
+def _pp2(model: str, batch: int, microbatches: int) -> Case:
+    """With the encoder inside the first stage beside half of the layers, and balanced."""
+    sizes = MODELS[model]
+    counts = (sizes.language.layers // 2, sizes.layers_beside_the_encoder())
+    inside = tuple(f"first_stage={count}" for count in counts)
     return Case(model, "tp1 dp2", "tp1 pp2", batch, microbatches, (*PIPELINED, *inside))
 
 
@@ -138,13 +146,7 @@ SETS: dict[str, tuple[Case, ...]] = {
         _pp1(SMALL, "tp2", "tp1 dp2"),
         _pp1(SMALL, "tp1 dp2", "tp1 dp2"),
     ),
-    # Balanced: the first stage's language layers cost as much less as the encoder costs.
-    "pp2": (
-        _pp2(LARGE, 8, 4, 12, 2),
-        _pp2(LARGE, 8, 8, 12, 2),
-        _pp2(SMALL, 8, 4, 16, 14),
-        _pp2(SMALL, 16, 8, 16, 14),
-    ),
+    "pp2": (_pp2(LARGE, 8, 4), _pp2(LARGE, 8, 8), _pp2(SMALL, 8, 4), _pp2(SMALL, 16, 8)),
     "memory": tuple(
         Case(LARGE, images, language, 2 * count, count, arms)
         for images, language, arms in (

@@ -34,3 +34,13 @@ def test_cases_fit_two_ranks_and_survive_json(case: Case) -> None:
     assert case.batch % case.microbatches == 0
     megatron = "megatron" in case.arms
     assert not (megatron and case.layouts["language"].pp > 1)
+
+
+@pytest.mark.parametrize("name", ["0.3B + 2.7B", "2.0B + 1.3B"])
+def test_layers_beside_the_encoder_balance_two_stages(name: str) -> None:
+    model = MODELS[name]
+    count = model.layers_beside_the_encoder()
+    layer = model.language.flops(1, model.length) / model.language.layers
+    first = model.image_flops(1) + count * layer
+    last = model.language_flops(1) - count * layer
+    assert abs(first - last) <= layer
