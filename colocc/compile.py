@@ -28,6 +28,7 @@ from colocc.runtime.groups import (
     check_world,
     layouts_text,
 )
+from colocc.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from colocc.runtime.groups import AnyLayout
@@ -54,6 +55,10 @@ def compile(
     where it is not 0. ``reductions`` overrides how a module's gradients are reduced over its dp
     axis.
 
+    ``schedule`` orders the work of ``forward_backward``: "three_phase" encodes the whole step
+    first; "lookahead=2", at pp = 1, encodes 2 microbatches at a time, which bounds the memory of
+    the encoders' activations.
+
     Collective. Without an initialised torch.distributed the program can be printed, not run.
 
     Raises: LayoutError, CaptureError, before any training step and on every rank alike.
@@ -61,25 +66,25 @@ def compile(
     found, error = None, None
     dims: dict[str, int] = {}
     means: dict[str, Reduction] = {}
+    order = Schedule()
     try:
         dims, means = dict(batch_dims or {}), dict(reductions or {})
-        if schedule != "three_phase":
-            raise LayoutError(f"schedule {schedule!r} is not known: write schedule='three_phase'")
         plain = {name: as_layout(name, layout) for name, layout in layouts.items()}
         check_world(plain, dist.get_world_size() if dist.is_initialized() else None)
         _check_groups(groups, plain)
         graph = _build(model, plain, example_inputs, dims, means)
+        order = Schedule.parse(schedule, (graph.sink, plain[graph.sink]))
         found = graph, _specialized(graph)
     except Exception as problem:  # noqa: BLE001 - agreed on below, then raised on every rank
         error = problem
     text = (
         ""
         if found is None
-        else f"{_digest(found[0])}, groups {groups is not None}, {dims}, {means}"
+        else f"{_digest(found[0])}, groups {groups is not None}, {dims}, {means}, {order}"
     )
     agree_on("the compiled program", text, error)
     assert found is not None
-    return Program(model, *found, groups, dims, timeout)
+    return Program(model, *found, groups, dims, timeout, order)
 
 
 def _check_groups(groups: ProcessGroups | None, layouts: dict[str, Layout]) -> None:

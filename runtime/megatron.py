@@ -3,6 +3,7 @@ optimizer."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import sys
@@ -167,6 +168,12 @@ def prepare_buffers() -> None:
 def is_ddp(module: nn.Module) -> bool:
     """Whether ``module`` is wrapped in Megatron's DDP."""
     return hasattr(module, "finish_grad_sync") and hasattr(module, "scale_gradients")
+
+
+def no_sync(module: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside, backward adds to the gradients that DDP holds, and reduces none of them."""
+    held: contextlib.AbstractContextManager[None] = module.no_sync()
+    return held
 
 
 class Stage(nn.Module):

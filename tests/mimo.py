@@ -99,6 +99,7 @@ def build(
     sequence_parallel: bool = False,
     frozen: tuple[str, ...] = (),
     distributed_optimizer: bool = False,
+    overlap: bool = False,
     wrap: bool = True,
     seed: int = 0,
 ) -> MimoModel:
@@ -158,7 +159,9 @@ def build(
             continue
         ddp = DistributedDataParallel(
             configs[name],
-            DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=overlap
+            ),
             module,
             pg_collection=groups[name],
         )
