@@ -92,3 +92,8 @@ def unpack(flat: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Te
     if start != flat.numel():
         raise ValueError(f"pieces of {[tuple(s) for s in shapes]} are not {flat.numel()} elements")
     return pieces
+
+
+def share(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors lie in one storage."""
+    return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
