@@ -17,6 +17,7 @@ from colocc.runtime.exchange import share
 from colocc.runtime.fragments import Sizes, shape_of
 from colocc.runtime.steps import Direction, Groups
 from colocc.sequence import check_length
+from colocc.types import Type
 
 
 class Redistribution:
@@ -158,6 +159,15 @@ class Redistribution:
         if len(self.dims) == 2 and self.dims[0] == self.dims[1]:
             shape[self.dims[0]] = lengths[0] * lengths[1]
         return shape
+
+
+def tensor_dims(plan: Plan, value: Type | None) -> tuple[int, ...]:
+    """Which dims of ``value`` hold the samples and, where ``plan`` cuts it, the sequence."""
+    batch = value.batch if value is not None and value.batch is not None else 0
+    if "sequence" not in plan.dims:
+        return (batch,)
+    assert value is not None and value.sequence is not None
+    return (batch, value.sequence)
 
 
 def _cut_dims(plan: Plan) -> int:
