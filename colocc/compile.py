@@ -29,6 +29,7 @@ from colocc.runtime.groups import (
     layouts_text,
 )
 from colocc.runtime.schedule import Schedule
+from colocc.sequence import axes_of
 
 if TYPE_CHECKING:
     from colocc.runtime.groups import AnyLayout
@@ -42,6 +43,8 @@ def compile(
     example_inputs: Mapping[str, Any] | None = None,
     schedule: str = "three_phase",
     batch_dims: Mapping[str, int] | None = None,
+    sequence_dims: Mapping[str, int] | None = None,
+    ranks_per_node: int | None = None,
     reductions: Mapping[str, Reduction] | None = None,
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> Program:
@@ -52,8 +55,10 @@ def compile(
     opened.
     ``example_inputs`` is one global batch (tensors on any device, or meta): with it the page shows
     sizes and bytes; a MimoModel needs none. ``batch_dims`` names the dim that holds the samples
-    where it is not 0. ``reductions`` overrides how a module's gradients are reduced over its dp
-    axis.
+    where it is not 0. ``sequence_dims`` names the dim that holds the sequence, of inputs and of
+    modules' outputs: layouts with cp or sp then read and make their part of it, instead of all.
+    Redistributions between nodes of ``ranks_per_node`` ranks cross with each byte once.
+    ``reductions`` overrides how a module's gradients are reduced over its dp axis.
 
     ``schedule`` orders the work of ``forward_backward``: "three_phase" encodes the whole step
     first; "lookahead=2", at pp = 1, encodes 2 microbatches at a time, which bounds the memory of
@@ -65,14 +70,18 @@ def compile(
     """
     found, error = None, None
     dims: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     means: dict[str, Reduction] = {}
     order = Schedule()
     try:
-        dims, means = dict(batch_dims or {}), dict(reductions or {})
+        dims, lengths = dict(batch_dims or {}), dict(sequence_dims or {})
+        means = dict(reductions or {})
         plain = {name: as_layout(name, layout) for name, layout in layouts.items()}
         check_world(plain, dist.get_world_size() if dist.is_initialized() else None)
         _check_groups(groups, plain)
-        graph = _build(model, plain, example_inputs, dims, means)
+        _check_options(model, plain, dims, lengths, means, ranks_per_node)
+        options = {"batch_dims": dims, "sequence_dims": lengths, "ranks_per_node": ranks_per_node}
+        graph = _build(model, plain, example_inputs, means, options)
         order = Schedule.parse(schedule, (graph.sink, plain[graph.sink]))
         found = graph, _specialized(graph)
     except Exception as problem:  # noqa: BLE001 - agreed on below, then raised on every rank
@@ -80,7 +89,7 @@ def compile(
     text = (
         ""
         if found is None
-        else f"{_digest(found[0])}, groups {groups is not None}, {dims}, {means}, {order}"
+        else f"{_digest(found[0])}, groups {groups is not None}, {dims}, {lengths}, {means}, {order}"
     )
     agree_on("the compiled program", text, error)
     assert found is not None
@@ -115,10 +124,9 @@ def _build(
     model: nn.Module,
     layouts: dict[str, Layout],
     example_inputs: Mapping[str, Any] | None,
-    batch_dims: Mapping[str, int],
     overrides: Mapping[str, Reduction],
+    options: Mapping[str, Any],
 ) -> Graph:
-    _check_options(model, layouts, batch_dims, overrides)
     traits = megatron.traits_of(model, example_inputs)
     targets = passes.capture_targets(model, layouts, traits)
     reductions = {
@@ -133,8 +141,8 @@ def _build(
         reductions=reductions,
         example_inputs=example_inputs,
         traits=traits,
-        batch_dims=batch_dims,
         between=(_dump,),
+        **options,
     )
 
 
@@ -142,21 +150,46 @@ def _check_options(
     model: nn.Module,
     layouts: dict[str, Layout],
     batch_dims: Mapping[str, int],
+    sequence_dims: Mapping[str, int],
     reductions: Mapping[str, Reduction],
+    ranks_per_node: int | None,
 ) -> None:
-    """Raise LayoutError for options that nothing would read."""
+    """Raise LayoutError for options that nothing would read, or that nothing can do."""
     inputs = list(inspect.signature(model.forward).parameters)
+    _refuse_cut_mimo(model, layouts)
     for name, dim in batch_dims.items():
         if name not in inputs or type(dim) is not int or dim < 0:
             raise LayoutError(
                 f"batch_dims has {name!r}: {dim!r}; give the name of an input of "
                 f"{type(model).__name__}.forward ({', '.join(inputs)}) and a dim of at least 0"
             )
+    for name, dim in sequence_dims.items():
+        if (name in inputs) == (name in layouts) or type(dim) is not int or dim < 0:
+            both = " and not of both" * (name in inputs and name in layouts)
+            raise LayoutError(
+                f"sequence_dims has {name!r}: {dim!r}; give the name of a module of the layouts "
+                f"({', '.join(layouts)}), whose output it is, or of an input of "
+                f"{type(model).__name__}.forward ({', '.join(inputs)}){both}, and a dim of at "
+                "least 0"
+            )
+    if ranks_per_node is not None and (type(ranks_per_node) is not int or ranks_per_node < 1):
+        raise LayoutError(f"ranks_per_node is {ranks_per_node!r}: give an integer of at least 1")
     for name, reduction in reductions.items():
         if name not in layouts or reduction not in ("mean", "sum"):
             raise LayoutError(
                 f"reductions has {name!r}: {reduction!r}; give the name of a layout "
                 f"({', '.join(layouts)}) and 'mean' or 'sum'"
+            )
+
+
+def _refuse_cut_mimo(model: nn.Module, layouts: Mapping[str, Layout]) -> None:
+    """Raise LayoutError for a MimoModel of which a layout cuts the sequence."""
+    for name, layout in layouts.items():
+        if megatron.is_mimo(model) and axes_of(layout):
+            axes = " and ".join(axes_of(layout))
+            raise LayoutError(
+                f"{name} ({layout}) cuts the sequence over {axes}, which is not known of a "
+                f"{type(model).__name__}. Give {name} cp1, without sp."
             )
 
 

@@ -26,7 +26,7 @@ from colocc.runtime.groups import (
     open_groups,
     process_groups,
 )
-from colocc.runtime.redistribution import Redistribution
+from colocc.runtime.redistribution import Redistribution, tensor_dims
 from colocc.runtime.schedule import Schedule, run_step
 
 if TYPE_CHECKING:
@@ -82,11 +82,9 @@ class Program:
         moves = self.redistributions
         for node in mine.fx.nodes:
             if node.name in plans:
-                found = first_type(node.meta["types"])
-                dim = found.batch if found is not None and found.batch is not None else 0
-                moves[node.name] = Redistribution(
-                    plans[node.name], opened, rank, name=node.name, dim=dim
-                )
+                plan = plans[node.name]
+                dims = tensor_dims(plan, first_type(node.meta["types"]))
+                moves[node.name] = Redistribution(plan, opened, rank, name=node.name, dims=dims)
         self.cut = cut(mine)
         self._encode = Executor(mine, "encode", self.model, moves, self.cut)
         self._output = mine.output()
@@ -135,7 +133,7 @@ class Program:
             for node in self._mine.placeholders()
             if node.meta["phase"] == "encode"
         }
-        return self._encode(values)
+        return self._encode(values, samples=len(batches.microbatches) * batches.size)
 
     def language(self, batches: Batches, microbatch: int, crossing: list[Any]) -> Any:
         """One microbatch through this rank's part of the language phase; what the forward

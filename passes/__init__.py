@@ -35,13 +35,16 @@ def run(
     example_inputs: Mapping[str, Any] | None = None,
     traits: Traits | None = None,
     batch_dims: Mapping[str, int] | None = None,
+    sequence_dims: Mapping[str, int] | None = None,
+    ranks_per_node: int | None = None,
     between: Sequence[Between] = (),
 ) -> Graph:
     """Return the graph of all ranks. ``between`` is called with it after each pass, once
     verified."""
     known: dict[str, Any] = {"example_inputs": example_inputs, "traits": traits}
     options: dict[Pass, dict[str, Any]] = {
-        propagate: {"model": model, "batch_dims": batch_dims, **known}
+        propagate: {"model": model, "batch_dims": batch_dims, **known},
+        redistribute: {"sequence_dims": sequence_dims, "ranks_per_node": ranks_per_node},
     }
     with TRACING:
         graph = capture(model, layouts, **known)

@@ -7,6 +7,7 @@ receives for one batch of the example's size; without an example, parts of the b
 from __future__ import annotations
 
 from fractions import Fraction
+from math import prod
 from typing import Any
 
 from torch import fx
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from colocc.layout import closed_form
 from colocc.passes.graph import Graph, first_type
-from colocc.passes.solve.plan import Plan, Step
+from colocc.passes.solve.plan import Plan, Step, received
 from colocc.types import Type
 
 SHOWN_GROUPS = 8
@@ -138,22 +139,10 @@ def _value(value: Any) -> str:
 def _plan_lines(graph: Graph, node: fx.Node) -> list[str]:
     plan = graph.plans[node.name]
     source = first_type(node.all_input_nodes[0].meta["types"])
-    kind = plan.kind if plan.kind == "equal" else f"{plan.kind} x{plan.ratio}"
     ends = f"{plan.src.module} {plan.src.layout} -> {plan.dst.module} {plan.dst.layout}"
-    lines = [f"+   {kind}   {ends}   where {plan.where}"]
-    rows: list[list[str]] = []
-    got = plan.received()
-    for title, steps, received in (("fwd", plan.forward, got[0]), ("bwd", plan.backward, got[1])):
-        if not steps:
-            rows.append([title, "as it is", "0 B", "local"])
-        for step in steps:
-            moved = max(received) if step.groups else 0
-            rows.append(
-                [title, _step(step, title, plan), _bytes(moved, plan, source), _groups(step)]
-            )
-        above = sum(received) - sum(plan.bound()[title == "bwd"])
-        if above:
-            rows.append([title, f"above the bound by {above} of {plan.units} units", "", ""])
+    lines = [f"+   {_kind(plan)}   {ends}   where {plan.where[0]}"]
+    lines += [f"+   where {relation}" for relation in plan.where[1:]]
+    rows = _step_rows(plan, source)
     if plan.scale != 1:
         reductions = {
             n: graph.reductions.get(n, "mean") for n in (plan.src.module, plan.dst.module)
@@ -161,19 +150,74 @@ def _plan_lines(graph: Graph, node: fx.Node) -> list[str]:
         why = ", ".join(f"{n} {how}" for n, how in reductions.items())
         rows.append(["bwd", f"scale x{plan.scale}", "", f"{why} over dp"])
     lines += _table(rows, indent="+   ")
+    lines += [f"+   {_short(line, PAGE_WIDTH - 4)}" for line in _reasons(plan)]
     line = str(node.meta.get("line", ""))
     return [*lines, f"+   at    {_short(line, PAGE_WIDTH - 10)}"] if line else lines
+
+
+def _kind(plan: Plan) -> str:
+    """``equal``, ``fan_in x2``, or ``fan_in 3:2`` where neither dp divides the other."""
+    if plan.kind == "equal":
+        return "equal"
+    above, below = plan.ratio.numerator, plan.ratio.denominator
+    return f"{plan.kind} " + (f"x{above}" if below == 1 else f"{above}:{below}")
+
+
+def _step_rows(plan: Plan, source: Type | None) -> list[list[str]]:
+    """A row for each step: direction, what is done, bytes of the busiest rank, groups."""
+    rows: list[list[str]] = []
+    directions = (("fwd", plan.forward, plan.src), ("bwd", plan.backward, plan.dst))
+    for title, steps, start in directions:
+        if not steps:
+            rows.append([title, "as it is", "0 B", "local"])
+        before = received((), start)
+        for index, step in enumerate(steps):
+            after = received(steps[: index + 1], start)
+            moved = int((after - before).max())
+            rows.append(
+                [title, _step(step, title, plan, source), _bytes(moved, plan), _groups(step)]
+            )
+            before = after
+    return rows
+
+
+def _reasons(plan: Plan) -> list[str]:
+    """Why a direction takes more than one collective, or more than its bound, and how much more."""
+    lines = []
+    for title, above in zip(("fwd", "bwd"), _above(plan), strict=True):
+        why = "; ".join(r.removeprefix(f"{title} ") for r in plan.reasons if r.startswith(title))
+        if above:
+            lines.append(f"{title}   above the bound by {_bytes(above, plan)}, because {why}")
+        elif why:
+            lines.append(f"{title}   at the bound; {why}")
+    return lines
+
+
+def _above(plan: Plan) -> tuple[int, int]:
+    """By how many cells the rank that is worst off is above its bound, forward and backward."""
+    pairs = zip(plan.received_cells(), plan.bound_cells(), strict=True)
+    forward, backward = (int((got - bound).max()) for got, bound in pairs)
+    return forward, backward
 
 
 def _short(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def _step(step: Step, title: str, plan: Plan) -> str:
-    dim = "dim=0"
-    if step.kind == "all_to_all" and plan.dst.stages is not None:
-        dim += ", to pp0" if title == "fwd" else ", from pp0"
-    return f"{step.kind}({dim})"
+def _step(step: Step, title: str, plan: Plan, source: Type | None) -> str:
+    batch = source.batch if source is not None and source.batch is not None else 0
+    places = {
+        "sample": batch,
+        "sequence": source.sequence if source is not None else 1,
+        "slice": -1,
+    }
+    dims = [str(places[dim]) for dim in plan.dims if places.get(dim) is not None]
+    text = f"dim{'s' * (len(dims) > 1)}={','.join(dict.fromkeys(dims))}"
+    if step.kind in ("all_to_all", "send_recv") and plan.dst.stages is not None:
+        text += ", to pp0" if title == "fwd" else ", from pp0"
+    if step.kind == "all_reduce" or step.adds:
+        text += ", sum"
+    return f"{step.kind}({text})"
 
 
 def _groups(step: Step) -> str:
@@ -184,14 +228,11 @@ def _groups(step: Step) -> str:
     return " ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
-def _bytes(units: int, plan: Plan, source: Type | None) -> str:
-    per_sample = source.bytes_per_sample() if source is not None else None
-    if units == 0:
+def _bytes(cells: int, plan: Plan) -> str:
+    size = plan.cell_bytes()
+    if cells == 0:
         return "0 B"
-    if per_sample is None or source is None or source.batch is None:
-        return f"{Fraction(units, plan.units)} batch"
-    total = per_sample * source.dims[source.batch].samples
-    return human(Fraction(total * units, plan.units))
+    return f"{Fraction(cells, prod(plan.grid))} batch" if size is None else human(size * cells)
 
 
 def human(count: Fraction | int) -> str:
@@ -205,25 +246,20 @@ def human(count: Fraction | int) -> str:
 
 
 def _moved(graph: Graph) -> list[str]:
-    totals: list[Fraction] = [Fraction(0), Fraction(0)]
-    known, collectives = True, 0
-    for name, plan in graph.plans.items():
-        node = next(n for n in graph.fx.nodes if n.name == name)
-        source = first_type(node.all_input_nodes[0].meta["types"])
-        per_sample = source.bytes_per_sample() if source is not None else None
-        collectives += sum(bool(step.groups) for step in plan.forward + plan.backward)
-        if per_sample is None or source is None or source.batch is None:
-            known = False
-            continue
-        unit = Fraction(per_sample * source.dims[source.batch].samples, plan.units)
-        for index, received in enumerate(plan.received()):
-            totals[index] += unit * max(received)
-    size = f"for a batch of {graph.batch_size}" if graph.batch_size else ""
+    plans = list(graph.plans.values())
+    collectives = sum(bool(step.groups) for p in plans for step in p.forward + p.backward)
     count = f"{collectives} collective{'s' * (collectives != 1)} per step"
-    if not known:
-        return [f"moved   {count}"]
-    fwd, bwd = (human(total) for total in totals)
-    return [f"moved   fwd {fwd}, bwd {bwd} per receiving rank {size}, {count}"]
+    totals, bounds = [Fraction(0), Fraction(0)], [Fraction(0), Fraction(0)]
+    for plan in plans:
+        size = plan.cell_bytes()
+        if size is None:
+            return [f"moved   {count}"]
+        for index in range(2):
+            totals[index] += size * int(plan.received_cells()[index].max())
+            bounds[index] += size * int(plan.bound_cells()[index].max())
+    batch = f"for a batch of {graph.batch_size}" if graph.batch_size else ""
+    moved, bound = (f"fwd {human(fwd)}, bwd {human(bwd)}" for fwd, bwd in (totals, bounds))
+    return [f"moved   {moved} per receiving rank {batch}, {count}", f"bound   {bound}"]
 
 
 def _table(rows: list[list[str]], indent: str) -> list[str]:
@@ -257,14 +293,18 @@ def excerpt(graph: Graph, node: fx.Node, around: int = 4) -> str:
 
 
 def ranks(graph: Graph, name: str) -> str:
-    """Which units of the step each rank holds before and after the redistribution ``name``."""
+    """Which cells of the step each rank holds before and after the redistribution ``name``: units
+    of samples, and chunks of the other dims that the plan cuts."""
     plan = graph.plans[name]
     rows = [["rank", *map(str, range(graph.world))]]
     for holding in (plan.src, plan.dst):
-        cells = [",".join(f"{a}:{b}" for a, b in units) or "-" for units in holding.units()]
-        rows.append([holding.module, *cells])
+        boxes = holding.boxes()
+        for place, dim in enumerate(plan.dims):
+            cells = [",".join(f"{a}:{b}" for a, b in box[place]) if box else "-" for box in boxes]
+            rows.append([holding.module + f" {dim}" * (place > 0), *cells])
     title = f"%{name}  {plan.kind}  parts of {plan.units} of the step's samples held by each rank"
-    return "\n".join([title, *_table(rows, indent="")]) + "\n"
+    more = [f"{n} of the {dim}" for dim, n in zip(plan.dims[1:], plan.grid[1:], strict=True)]
+    return "\n".join([", ".join([title, *more]), *_table(rows, indent="")]) + "\n"
 
 
 def dot(graph: Graph) -> str:
@@ -280,7 +320,7 @@ def dot(graph: Graph) -> str:
     for node in graph.fx.nodes:
         if node.name in graph.plans:
             plan = graph.plans[node.name]
-            label = f"{plan.kind}\\n{plan.where}"
+            label = "\\n".join([plan.kind, *plan.where])
             lines.append(f'  {node.name} [style=filled, fillcolor="#ffd9a0", label="{label}"];')
         for source in node.all_input_nodes if node.op != "output" else []:
             lines.append(

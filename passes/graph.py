@@ -69,7 +69,8 @@ class Graph:
 
     ``targets`` maps the names in ``layouts`` to submodule paths; ``sink`` is the name of the module
     that every other one feeds (the language model). ``plans`` are by node name.
-    ``reductions`` says how each module's gradients are reduced over its dp axis.
+    ``reductions`` says how each module's gradients are reduced over its dp axis. ``sequence_dims``
+    are the dims of modules' outputs and of inputs that hold the sequence.
     """
 
     fx: torch.fx.Graph
@@ -81,6 +82,7 @@ class Graph:
     plans: dict[str, Plan] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     batch_size: int | None = None
+    sequence_dims: dict[str, int] = field(default_factory=dict)
 
     @property
     def world(self) -> int:
@@ -99,18 +101,20 @@ class Graph:
     def plan_of(self, node: torch.fx.Node) -> Plan | None:
         return self.plans.get(node.name) if node.op == "call_module" else None
 
-    def scale(self, src: str, dst: str) -> Fraction:
+    def scale(self, src: str, dst: str, *, whole: bool = True) -> Fraction:
         """What the gradient from ``dst`` to ``src`` must be multiplied by.
 
-        The gradient of the reader is summed over its dp replicas and, for a mean, divided by their
-        number; the source's likewise over its own. For one gradient of one loss the source's
-        divisor must become the reader's: (divisor of src) / (divisor of dst).
+        The gradient of the reader is summed over its dp and cp ranks and, for a mean, divided by
+        their number; the source's likewise over its own. For one gradient of one loss the source's
+        divisor must become the reader's: (divisor of src) / (divisor of dst). ``whole``: each cp
+        rank of the source makes the whole sequence, so that its gradient counts cp times.
         """
         divisor = {
             name: layout.dp * layout.cp if self.reductions.get(name, "mean") == "mean" else 1
             for name, layout in self.layouts.items()
         }
-        return Fraction(divisor[src], divisor[dst])
+        alike = self.layouts[src].cp if whole else 1
+        return Fraction(divisor[src], divisor[dst] * alike)
 
     def placeholders(self) -> list[torch.fx.Node]:
         return [node for node in self.fx.nodes if node.op == "placeholder"]

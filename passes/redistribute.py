@@ -1,11 +1,12 @@
 """Insert a redistribution on every edge whose reader runs on another layout.
 
 Algorithm:
-1. For every value and every other module that reads it, solve one plan; readers of one module share
+1. Mark which dim of each value is its sequence, and cut it as the layouts say (sequences.py).
+2. For every value and every other module that reads it, solve one plan; readers of one module share
    it.
-2. Insert one call of a module that owns the plan after the value, and point the readers at it. Its
+3. Insert one call of a module that owns the plan after the value, and point the readers at it. Its
    forward and backward are opaque to torch.fx and never removed.
-3. Record which samples each module's dp slots hold: the batch is cut by that.
+4. Record which samples each module's dp slots hold: the batch is cut by that.
 
     before    images   = images(x)           bf16[8@dp,576,4096] on images
               language = language(ids, images)
@@ -16,23 +17,40 @@ Algorithm:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from colocc.errors import LayoutError
+from colocc.layout import Layout
 from colocc.passes.graph import Graph, first_type
+from colocc.passes.sequences import sequences
 from colocc.passes.solve.solver import check_pair, solve
+from colocc.sequence import axes_of
 from colocc.types import Type
 
+WHOLE = ("sample",)
+"""The dims that are cut of a value whose sequence nothing cuts."""
 PREFIX = "colocc."
 """Targets of inserted calls start with this; no submodule path of a user can."""
 
 
-def redistribute(graph: Graph) -> Graph:
+def redistribute(
+    graph: Graph,
+    *,
+    sequence_dims: Mapping[str, int] | None = None,
+    ranks_per_node: int | None = None,
+) -> Graph:
     """Return ``graph`` with every mismatch bridged; a graph without one gets no new node.
 
+    ``sequence_dims`` says which dim of a module's output, or of an input, is the sequence; groups
+    that span nodes of ``ranks_per_node`` ranks are crossed once.
     Raises: LayoutError for a pair of layouts that no plan covers, or a value that cannot be moved.
     """
+    graph.sequence_dims = dict(sequence_dims or {})
+    sequences(graph, graph.sequence_dims)
     sink = (graph.sink, graph.layouts[graph.sink])
     for name, layout in graph.layouts.items():
         if name != graph.sink:
@@ -40,7 +58,7 @@ def redistribute(graph: Graph) -> Graph:
     for node in graph.nodes:
         for module in sorted({user.meta["module"] for user in node.users}):
             if module != node.meta["module"] and _moves(node):
-                _bridge(graph, node, module)
+                _bridge(graph, node, module, ranks_per_node)
     return graph
 
 
@@ -50,35 +68,44 @@ def _moves(node: fx.Node) -> bool:
     return any(isinstance(leaf, Type) and leaf.batch is not None for leaf in leaves)
 
 
-def _bridge(graph: Graph, node: fx.Node, module: str) -> None:
+def _bridge(graph: Graph, node: fx.Node, module: str, ranks_per_node: int | None) -> None:
     source = node.meta["module"]
     src, dst = graph.layouts[source], graph.layouts[module]
-    scale = graph.scale(source, module)
     users = [user for user in node.users if user.meta["module"] == module]
-    if src.same_grid(dst) and scale == 1:
+    value = node.meta["types"]
+    dims = dims_of(value, src, dst)
+    plan = solve(
+        (source, src),
+        (module, dst),
+        sink=(graph.sink, graph.layouts[graph.sink]),
+        dims=dims,
+        scale=graph.scale(source, module, whole=dims == WHOLE),
+        value=value if isinstance(value, Type) else None,
+        ranks_per_node=ranks_per_node,
+    )
+    if not plan.moves:
         return
-    if not isinstance(node.meta["types"], Type):
+    if not isinstance(value, Type):
         raise LayoutError(
             f"{users[0].name} on {module} ({dst}) reads {node.name} of {source} ({src}), which "
             "is not one "
             f"tensor. Read its parts one by one, or give {source} and {module} one layout."
         )
-    if module != graph.sink:
-        raise LayoutError(
-            f"{module} ({dst}) reads {node.name} of {source} ({src}): between two encoders the "
-            f"layouts must be one, only {graph.sink} may differ. Write {module} as {src}."
-        )
-    plan = solve((source, src), (module, dst), scale=scale)
-    if not plan.moves:
-        return
     name = _free_name(graph, f"{node.name}_{module}")
     with graph.fx.inserting_after(node):
         call = graph.fx.create_node("call_module", PREFIX + name, (node,), {}, name=name)
-    types = node.meta["types"].on(module, dst, plan.dst.stages)
+    types = value.on(module, dst, plan.dst.stages)
     call.meta = {"module": module, "types": types, "line": node.meta["line"], "inserted": True}
     graph.plans[call.name] = plan
     for user in users:
         user.replace_input_with(node, call)
+
+
+def dims_of(value: Any, src: Layout, dst: Layout) -> tuple[str, ...]:
+    """The dims of a value that its source and its reader may cut: the sequence only where it is
+    known and one of them does."""
+    known = isinstance(value, Type) and value.sequence is not None
+    return (*WHOLE, "sequence") if known and (axes_of(src) or axes_of(dst)) else WHOLE
 
 
 def _free_name(graph: Graph, wish: str) -> str:

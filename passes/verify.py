@@ -4,9 +4,9 @@ after          must hold
 always         fx's own lint; one output; unique names; nothing unread but inputs and
                redistributions
 propagate      every node has a module of the layouts, and types that name its layout
-redistribute   every edge is on one layout, or both layouts place every rank alike; every plan is
-               proved by walking each rank's samples through it; its gradient scale is the modules'
-               ratio
+redistribute   every edge is on one layout, or both layouts place every rank, sample and position
+               alike; every plan is proved by walking each rank's cells through it; its gradient
+               scale is the modules' ratio
 phases         no edge goes back to an earlier phase; a value of the first stage is not read by the
                last
 specialize     every redistribution is still there: all ranks issue the same collectives
@@ -24,8 +24,10 @@ from torch.utils import _pytree as pytree
 from colocc.errors import VerifyError
 from colocc.passes.dump import excerpt
 from colocc.passes.graph import Graph
-from colocc.passes.redistribute import is_redistribution
+from colocc.passes.redistribute import WHOLE, dims_of, is_redistribution
 from colocc.passes.solve.check import check
+from colocc.passes.solve.slots import slots_of
+from colocc.sequence import same_sequence
 from colocc.types import Type
 
 ORDER = ("capture", "propagate", "redistribute", "phases", "specialize")
@@ -98,7 +100,15 @@ def _check_edge(graph: Graph, source: fx.Node, reader: fx.Node) -> None:
     if left == right or not varies or is_redistribution(reader):
         return
     src, dst = graph.layouts[left], graph.layouts[right]
-    if not src.same_grid(dst) or graph.scale(left, right) != 1:
+    cut = dims_of(source.meta["types"], src, dst) != WHOLE
+    sink = graph.layouts[graph.sink]
+    alike = (
+        src.same_grid(dst)
+        and slots_of(src, sink) == slots_of(dst, sink)
+        and (same_sequence(src, dst) if cut else dst.cp == 1)
+        and graph.scale(left, right, whole=not cut) == 1
+    )
+    if not alike:
         raise _fail(
             graph,
             reader,
@@ -115,8 +125,13 @@ def _check_plan(graph: Graph, node: fx.Node) -> None:
         )
     if (plan.src.layout, plan.dst.layout) != tuple(graph.layouts[name] for name in ends):
         raise _fail(graph, node, f"the plan of {node.name} was solved for other layouts")
+    dims = dims_of(source.meta["types"], plan.src.layout, plan.dst.layout)
+    if tuple(dim for dim in plan.dims if dim != "slice") != dims:
+        raise _fail(
+            graph, node, f"the plan of {node.name} cuts {plan.dims}, its value is cut by {dims}"
+        )
     try:
-        check(plan, scale=graph.scale(*ends))
+        check(plan, scale=graph.scale(*ends, whole=dims == WHOLE))
     except VerifyError as error:
         raise _fail(graph, node, str(error)) from error
 

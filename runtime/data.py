@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from math import lcm
 from typing import Any
 
 import torch
@@ -16,17 +17,23 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from colocc.errors import LayoutError
+from colocc.layout import Layout
 from colocc.passes.graph import Graph
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.plan import Holding
-from colocc.passes.solve.solver import solve
+from colocc.passes.solve.solver import holdings
+from colocc.sequence import axes_of, check_length, cuts, part_of
 
 Run = tuple[int, int, int]
 """Neighbouring samples of one microbatch: (microbatch, start, stop)."""
 
 
 class Batches:
-    """The microbatches of one step, alike on every rank, and the samples that this rank reads."""
+    """The microbatches of one step, alike on every rank, and what this rank reads of them.
+
+    ``uneven``: encoder slots may hold different numbers of samples, and none, because the sizes of
+    what they make are given with the values.
+    """
 
     def __init__(
         self,
@@ -35,13 +42,16 @@ class Batches:
         rank: int,
         batch_dims: Mapping[str, int],
         optional: frozenset[str] = frozenset(),
+        *,
+        uneven: bool = False,
     ) -> None:
         self.graph, self.rank, self.batch_dims = graph, rank, batch_dims
         self.microbatches = microbatches
         self.optional = optional
         self.size = check_batches(graph, microbatches, batch_dims, optional)
         self.sink = graph.layouts[graph.sink]
-        check_divides(graph, len(microbatches), self.size)
+        check_divides(graph, len(microbatches), self.size, uneven=uneven)
+        check_sequences(graph, microbatches)
 
     def encoder_input(self, node: fx.Node) -> Any:
         """The samples of an encoder's input that this rank encodes, for the whole step."""
@@ -52,7 +62,8 @@ class Batches:
             self.size,
             self.rank,
         )
-        parts = [self._cut(node, mb, start, stop) for mb, start, stop in runs]
+        # A slot without samples still has an input, of none.
+        parts = [self._cut(node, mb, start, stop) for mb, start, stop in runs or [(0, 0, 0)]]
         if len(parts) == 1:
             return parts[0]
         dim = self.batch_dims.get(node.meta["path"][0], 0)
@@ -72,39 +83,55 @@ class Batches:
     def _cut(self, node: fx.Node, microbatch: int, start: int, stop: int) -> Any:
         path = node.meta["path"]
         dim = self.batch_dims.get(path[0], 0)
+        layout = self.graph.layouts[node.meta["module"]]
+        sequence = self.graph.sequence_dims.get(path[0])
 
         def narrow(value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or value.dim() <= dim:
                 return value
-            return value.narrow(dim, start, stop - start)
+            value = value.narrow(dim, start, stop - start)
+            if sequence is None or value.dim() <= sequence:
+                return value
+            return cut_sequence(value, sequence, layout, self.rank)
 
         return pytree.tree_map(narrow, lookup(self.microbatches[microbatch], path))
+
+
+def cut_sequence(value: torch.Tensor, dim: int, layout: Layout, rank: int) -> torch.Tensor:
+    """The part of the sequence in dim ``dim`` that ``rank`` holds: a view where it is one run."""
+    if not axes_of(layout):
+        return value
+    chunks, parts = cuts(layout)
+    size = value.shape[dim] // chunks
+    runs = parts[int(part_of(layout)[rank])]
+    found = [value.narrow(dim, start * size, (stop - start) * size) for start, stop in runs]
+    return found[0] if len(found) == 1 else torch.cat(found, dim)
 
 
 def holding_of(graph: Graph, module: str) -> Holding:
     """Which units of a step each dp slot of ``module`` holds."""
     sink = (graph.sink, graph.layouts[graph.sink])
-    if module == graph.sink:
-        return _replicas(graph)
-    return solve((module, graph.layouts[module]), sink).src
-
-
-def _replicas(graph: Graph) -> Holding:
-    layout = graph.layouts[graph.sink]
-    return Holding(graph.sink, layout, tuple(((d, d + 1),) for d in range(layout.dp)))
+    found, _, _ = holdings((module, graph.layouts[module]), sink, sink, ("sample",))
+    return found
 
 
 def sample_runs(holding: Holding, dp: int, microbatches: int, size: int, rank: int) -> list[Run]:
     """The samples of ``rank`` as runs of neighbours, in order.
 
-    ``dp`` is the sink's, ``size`` the samples of one global microbatch.
+    ``dp`` is the sink's, ``size`` the samples of one global microbatch. Of the U units of a replica
+    of n samples, unit u holds those from floor(u * n / U) on; where they do not divide, some hold
+    more than others, or none.
     """
     units = sum(stop - start for slot in holding.slots for start, stop in slot)
-    per_unit = microbatches * size // units
-    replica_size, part = microbatches * size // dp, size // dp
+    replica_size, part, replica_units = microbatches * size // dp, size // dp, units // dp
+
+    def first_of(unit: int) -> int:
+        replica, inside = divmod(unit, replica_units)
+        return replica * replica_size + inside * replica_size // replica_units
+
     runs: list[Run] = []
-    for first, last in holding.units()[rank]:
-        position, stop = first * per_unit, last * per_unit
+    for first, last in holding.box(rank)[0]:
+        position, stop = first_of(first), first_of(last)
         while position < stop:
             replica, inside = divmod(position, replica_size)
             microbatch, offset = divmod(inside, part)
@@ -189,8 +216,9 @@ def _check_size(
             )
 
 
-def check_divides(graph: Graph, microbatches: int, size: int) -> None:
-    """Raise LayoutError unless a step of ``microbatches`` times ``size`` samples can be cut."""
+def check_divides(graph: Graph, microbatches: int, size: int, *, uneven: bool = False) -> None:
+    """Raise LayoutError unless a step of ``microbatches`` times ``size`` samples can be cut:
+    ``uneven``, into the sink's replicas; otherwise into every encoder's equal parts, too."""
     sink = graph.layouts[graph.sink]
     if size % sink.dp:
         raise LayoutError(
@@ -198,9 +226,8 @@ def check_divides(graph: Graph, microbatches: int, size: int) -> None:
             f"replicas: {size} % {sink.dp} = {size % sink.dp}. Give it a multiple of {sink.dp} "
             "samples."
         )
-    for name, layout in graph.layouts.items():
-        holding = holding_of(graph, name)
-        units = sum(stop - start for slot in holding.slots for start, stop in slot)
+    for name, layout in () if uneven else graph.layouts.items():
+        units = lcm(layout.dp, sink.dp)
         total, replica = microbatches * size, units // sink.dp
         if (total // sink.dp) % replica:
             share = total // sink.dp
@@ -210,6 +237,18 @@ def check_divides(graph: Graph, microbatches: int, size: int) -> None:
                 f"into {replica} equal parts: {share} % {replica} = {share % replica}. "
                 f"Make the step a multiple of {units} samples."
             )
+
+
+def check_sequences(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None:
+    """Raise LayoutError unless every input's sequence can be cut by each module that reads it."""
+    for node in graph.placeholders():
+        path = node.meta["path"]
+        dim = graph.sequence_dims.get(path[0])
+        for index, batch in enumerate(microbatches if dim is not None else ()):
+            for name, tensor in tensors_of(lookup(batch, path), path):
+                if dim is not None and tensor.dim() > dim:
+                    what = f"{'.'.join(name)} of microbatch {index}"
+                    check_length(what, tensor.shape[dim], graph.layouts[node.meta["module"]])
 
 
 def fingerprint(microbatches: Iterable[Mapping[str, Any]]) -> str:

@@ -24,7 +24,7 @@ class Executor:
         graph: Graph,
         phase: str,
         model: nn.Module,
-        redistributions: Mapping[str, Callable[[Any], Any]],
+        redistributions: Mapping[str, Callable[..., Any]],
         results: list[fx.Node],
     ) -> None:
         self.model, self.redistributions = model, redistributions
@@ -34,6 +34,7 @@ class Executor:
             if n.meta["phase"] == phase and n.op not in ("placeholder", "output")
         ]
         self.results = results
+        self.samples: int | None = None
         last: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
             for source in node.all_input_nodes:
@@ -43,8 +44,12 @@ class Executor:
             if source not in results:
                 self.lets_go.setdefault(node, []).append(source)
 
-    def __call__(self, values: dict[fx.Node, Any]) -> list[Any]:
-        """Return the values of ``results``; ``values`` holds the inputs, and is used up."""
+    def __call__(self, values: dict[fx.Node, Any], *, samples: int | None = None) -> list[Any]:
+        """Return the values of ``results``; ``values`` holds the inputs, and is used up.
+
+        ``samples`` is the number of samples that all ranks together run.
+        """
+        self.samples = samples
         for node in self.nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = self._call(node, args, kwargs)
@@ -55,7 +60,7 @@ class Executor:
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target = node.target
         if node.name in self.redistributions:
-            return self.redistributions[node.name](*args)
+            return self.redistributions[node.name](*args, samples=self.samples)
         if isinstance(target, Method):
             return getattr(self.model, target.name)(*args, **kwargs)
         if node.op == "call_function":

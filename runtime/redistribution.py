@@ -1,20 +1,23 @@
-"""Run a plan: move the rows of a value between ranks, and its gradient back.
+"""Run a plan: move the parts of a value between ranks, and its gradient back.
 
-One unit of a plan is ``rows`` rows of the batch dim; every rank has the same number, because tokens
-per sample are uniform. The collectives depend on the layouts alone: a rank with zero rows takes
-part.
+Every rank has equally many samples in a unit and equally many elements in a chunk of the sequence,
+so all sizes follow from what a rank has itself. The collectives depend on the layouts alone: a rank
+with zero rows takes part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from colocc.errors import LayoutError
-from colocc.passes.solve.plan import Plan, Step, length
+from colocc.passes.solve.plan import Box, Plan, length
+from colocc.runtime.exchange import share
+from colocc.runtime.fragments import Sizes, shape_of
+from colocc.runtime.steps import Direction, Groups
+from colocc.sequence import check_length
+from colocc.types import Type
 
 
 class Redistribution:
@@ -23,134 +26,165 @@ class Redistribution:
     The result requires grad if the argument does, and its backward runs the plan's backward steps,
     on all ranks: what autograd would derive by itself would count a replicated gradient once per
     holder.
+
+    ``dims`` are the dims of the tensor that hold the samples and, where the plan cuts it, the
+    sequence. If both are one dim, it holds the rows of all samples, sample by sample.
     """
 
     def __init__(
         self,
         plan: Plan,
-        groups: Mapping[tuple[int, ...], dist.ProcessGroup],
+        groups: Groups,
         rank: int,
         *,
         name: str = "redistribution",
-        dim: int = 0,
+        dims: tuple[int, ...] | None = None,
     ) -> None:
-        self.plan, self.rank, self.name, self.dim = plan, rank, name, dim
-        self.forward_steps = [_BoundStep(step, groups, rank) for step in plan.forward]
-        self.backward_steps = [_BoundStep(step, groups, rank) for step in plan.backward]
-        self.held = length(plan.src.units()[rank])
-        self.wanted = length(plan.dst.units()[rank])
+        self.plan, self.rank, self.name = plan, rank, name
+        self.dims = tuple(range(_cut_dims(plan))) if dims is None else dims
+        self.forward = Direction(plan.forward, plan.src, plan.dst, groups, rank)
+        self.backward = Direction(plan.backward, plan.dst, plan.src, groups, rank)
+        self.held = length(self.forward.has[0])
+        self.wanted = length(self.forward.wants[0])
 
-    def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the rows that this rank reads, from those that it holds.
+    def __call__(self, value: torch.Tensor, *, samples: int | None = None) -> torch.Tensor:
+        """Return the part that this rank reads, from the part that it holds.
 
-        Shapes: dim ``dim`` holds the rows of ``held`` units before and of ``wanted`` units after.
-        Raises: LayoutError if the rows do not divide by the units, which is the same on all ranks.
+        ``samples`` is the number of samples that all ranks together hold; it must be given where
+        one dim holds the rows of all samples and the plan cuts the sequence.
+        Raises: LayoutError if the value cannot be cut, which is the same on all ranks.
         """
-        count = value.shape[self.dim]
+        sizes = self._sizes(value, samples)
+        result: torch.Tensor = _Move.apply(value, self, sizes)  # type: ignore[no-untyped-call]
+        return result
+
+    def move(self, direction: Direction, value: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+        """What ``direction`` makes of ``value``: contiguous, and a tensor of its own."""
+        fragment = self._open(value, direction.has, sizes)
+        fragments = direction.run([fragment] if direction.has[0] else [], sizes, fragment)
+        if direction.places is None:
+            result = self._close(fragments[0])
+            return result.clone() if share(result, value) else result
+        result = value.new_empty(self._shape(value, direction.wants, sizes))
+        whole = self._open(result, direction.wants, sizes)
+        for source, target in direction.places:
+            target.of([whole], sizes).copy_(source.of(fragments, sizes))
+        return result
+
+    def _sizes(self, value: torch.Tensor, samples: int | None) -> Sizes:
+        """The elements of one cell along each dim of the plan."""
+        plan, box = self.plan, self.forward.has
+        last = max(self.dims) + ("slice" in plan.dims)
+        if value.dim() <= last:
+            raise LayoutError(
+                f"{self.name}: a value of shape {list(value.shape)} has no dim {last}: "
+                f"{plan.src.module} -> {plan.dst.module} cuts the dims "
+                f"{', '.join(plan.dims)} of it. Give it {last + 1} dims at least."
+            )
+        sizes = [self._unit_size(value, samples)]
+        if len(self.dims) == 2:
+            rows = value.shape[self.dims[1]]
+            if self.dims[0] == self.dims[1]:
+                rows //= max(1, self.held * sizes[0])
+            whole = rows * plan.grid[1] // length(box[1])
+            for side in (plan.src, plan.dst):
+                check_length(f"{self.name}: the value of {plan.src.module}", whole, side.layout)
+            sizes.append(whole // plan.grid[1])
+        if "slice" in plan.dims:
+            sizes.append(self._slice_size(value.shape[-1]))
+        return tuple(sizes)
+
+    def _unit_size(self, value: torch.Tensor, samples: int | None) -> int:
+        if len(self.dims) == 2 and self.dims[0] == self.dims[1]:
+            return self._samples_of_unit(value.shape[self.dims[0]], samples)
+        count = value.shape[self.dims[0]]
         if count % self.held:
             raise LayoutError(
                 f"{self.name}: {self.plan.src.module} ({self.plan.src.layout}) made {count} rows "
-                "in dim "
-                f"{self.dim} for {self.held} equal parts of the batch: {count} % {self.held} = "
-                f"{count % self.held}. Every sample must make the same number of rows."
+                f"in dim {self.dims[0]} for {self.held} equal parts of the batch: {count} % "
+                f"{self.held} = {count % self.held}. Every sample must make the same number of "
+                "rows, and the step's samples must be a multiple of "
+                f"{self.plan.units}."
             )
-        moved: torch.Tensor = _Move.apply(value, self, count // self.held)  # type: ignore[no-untyped-call]
-        return moved
+        return count // self.held
 
-    def move(self, steps: list[_BoundStep], value: torch.Tensor, rows: int) -> torch.Tensor:
-        """``value`` after ``steps``; a result that no step made is ``value`` itself."""
-        value = value.movedim(self.dim, 0)
-        for step in steps:
-            value = step(value, rows)
-        return value.movedim(0, self.dim)
+    def _samples_of_unit(self, count: int, samples: int | None) -> int:
+        if samples is None or samples % self.plan.units:
+            raise LayoutError(
+                f"{self.name}: dim {self.dims[0]} holds the rows of all samples of the step, and "
+                f"their number is {samples}: it must be given, as a multiple of {self.plan.units}."
+            )
+        own = samples // self.plan.units * self.held
+        if count % max(1, own):
+            raise LayoutError(
+                f"{self.name}: {self.plan.src.module} ({self.plan.src.layout}) made {count} rows "
+                f"for {own} samples: {count} % {own} = {count % own}. Every sample must make the "
+                "same number of rows."
+            )
+        return samples // self.plan.units
+
+    def _slice_size(self, size: int) -> int:
+        slices = self.plan.grid[-1]
+        if size % slices:
+            raise LayoutError(
+                f"{self.name}: the last dim has {size} elements, which the ranks of a node fetch "
+                f"in {slices} slices: {size} % {slices} = {size % slices}. Leave out "
+                "ranks_per_node."
+            )
+        return size // slices
+
+    def _open(self, tensor: torch.Tensor, box: Box, sizes: Sizes) -> torch.Tensor:
+        """``tensor``, which holds ``box``, with the dims of the plan first; a view."""
+        dims = list(self.dims)
+        if len(dims) == 2 and dims[0] == dims[1]:
+            tensor = tensor.unflatten(dims[0], shape_of(box[:2], sizes[:2], ()))
+            dims[1] += 1
+        dims += [tensor.dim() - 1] * ("slice" in self.plan.dims)
+        return tensor.movedim(dims, list(range(len(dims))))
+
+    def _close(self, fragment: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``_open``, contiguous."""
+        dims = list(self.dims)
+        flat = len(dims) == 2 and dims[0] == dims[1]
+        dims[1:] = [dims[0] + 1] if flat else dims[1:]
+        dims += [fragment.dim() - 1] * ("slice" in self.plan.dims)
+        tensor = fragment.movedim(list(range(len(dims))), dims)
+        return (tensor.flatten(dims[0], dims[1]) if flat else tensor).contiguous()
+
+    def _shape(self, value: torch.Tensor, box: Box, sizes: Sizes) -> list[int]:
+        shape = list(value.shape)
+        lengths = shape_of(box, sizes, ())
+        for dim, size in zip(self.dims, lengths, strict=False):
+            shape[dim] = size
+        if len(self.dims) == 2 and self.dims[0] == self.dims[1]:
+            shape[self.dims[0]] = lengths[0] * lengths[1]
+        return shape
+
+
+def tensor_dims(plan: Plan, value: Type | None) -> tuple[int, ...]:
+    """Which dims of ``value`` hold the samples and, where ``plan`` cuts it, the sequence."""
+    batch = value.batch if value is not None and value.batch is not None else 0
+    if "sequence" not in plan.dims:
+        return (batch,)
+    assert value is not None and value.sequence is not None
+    return (batch, value.sequence)
+
+
+def _cut_dims(plan: Plan) -> int:
+    return len(plan.dims) - ("slice" in plan.dims)
 
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, owner: Redistribution, rows: int) -> torch.Tensor:
-        ctx.owner, ctx.rows = owner, rows
-        return _fresh(owner.move(owner.forward_steps, value, rows), value)
+    def forward(ctx: Any, value: torch.Tensor, owner: Redistribution, sizes: Sizes) -> torch.Tensor:
+        ctx.owner, ctx.sizes = owner, sizes
+        return owner.move(owner.forward, value, sizes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = gradients
         owner: Redistribution = ctx.owner
-        back = owner.move(owner.backward_steps, gradient, ctx.rows)
+        back = owner.move(owner.backward, gradient, ctx.sizes)
         if owner.plan.scale != 1:
             back = back * float(owner.plan.scale)
         return back, None, None
-
-
-def _fresh(result: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """``result``, as a tensor of its own where no step made a new one."""
-    shares = result.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
-    return result.clone() if shares else result
-
-
-class _BoundStep:
-    """A step with this rank's group, its place in it, and what it sends to and gets from each
-    peer."""
-
-    def __init__(
-        self, step: Step, groups: Mapping[tuple[int, ...], dist.ProcessGroup], rank: int
-    ) -> None:
-        self.kind, self.rank = step.kind, rank
-        self.keeps = step.keeps[rank] if step.keeps else ()
-        self.members = step.group_of(rank) or ()
-        self.group = groups[self.members] if self.members else None
-        if self.group is not None:
-            # new_group sorts its ranks: positions come from the group itself.
-            order = dist.get_process_group_ranks(self.group)
-            if tuple(order) != self.members:
-                raise LayoutError(f"group {order} does not ascend like the plan's {self.members}")
-        self.outgoing, self.incoming = self._traffic(step, rank)
-
-    def _traffic(self, step: Step, rank: int) -> tuple[list[tuple[int, int]], list[int]]:
-        """Per peer in the group: the interval that this rank sends (empty: 0, 0), the units it
-        gets."""
-        if step.kind != "all_to_all":
-            return [], []
-        peers = self.members or (rank,)
-        to = {peer: (start, stop) for peer, start, stop in step.sends[rank]}
-        outgoing = [to.get(peer, (0, 0)) for peer in peers]
-        incoming = [
-            sum(stop - start for target, start, stop in step.sends[peer] if target == rank)
-            for peer in peers
-        ]
-        return outgoing, incoming
-
-    def __call__(self, value: torch.Tensor, rows: int) -> torch.Tensor:
-        if self.kind == "narrow":
-            return _pick(value, self.keeps, rows)
-        if self.kind == "all_gather":
-            return self._all_gather(value)
-        return self._all_to_all(value, rows)
-
-    def _all_gather(self, value: torch.Tensor) -> torch.Tensor:
-        if self.group is None:
-            return value
-        gathered = value.new_empty((len(self.members) * value.shape[0], *value.shape[1:]))
-        dist.all_gather_into_tensor(gathered, value.contiguous(), group=self.group)
-        return gathered
-
-    def _all_to_all(self, value: torch.Tensor, rows: int) -> torch.Tensor:
-        sent = _pick(value, [cut for cut in self.outgoing if cut[1] > cut[0]], rows)
-        if self.group is None:
-            return sent
-        received = value.new_empty((sum(self.incoming) * rows, *value.shape[1:]))
-        dist.all_to_all_single(
-            received,
-            sent.contiguous(),
-            output_split_sizes=[units * rows for units in self.incoming],
-            input_split_sizes=[(stop - start) * rows for start, stop in self.outgoing],
-            group=self.group,
-        )
-        return received
-
-
-def _pick(value: torch.Tensor, intervals: Any, rows: int) -> torch.Tensor:
-    """The rows of ``intervals``, joined; a view where there is one interval."""
-    parts = [value.narrow(0, start * rows, (stop - start) * rows) for start, stop in intervals]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else value.narrow(0, 0, 0)

@@ -1,14 +1,17 @@
-"""Identity-coded values: row j of sample i holds (i, j), so a sample that arrives elsewhere is
+"""Identity-coded values: row j of sample i holds (i, j), so a part that arrives elsewhere is
 seen."""
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
 from colocc.errors import LayoutError
-from colocc.runtime.data import holding_of, sample_runs
+from colocc.passes.solve.plan import Holding, Plan
+from colocc.runtime.data import Run, cut_sequence, holding_of, sample_runs
+from colocc.runtime.redistribution import Redistribution
 
 if TYPE_CHECKING:
     from colocc.program import Program
@@ -19,42 +22,68 @@ def check_identity(
 ) -> None:
     """Send identity-coded rows through every redistribution of ``program``, forward and backward.
 
-    Exact: integers in float64, compared for equality. The gradient sent back for a row is its own
-    code, which must arrive scaled by the plan's scale, once. Collective.
+    ``rows`` is the number of rows of a sample, for each chunk of a sequence that is cut. Exact:
+    integers in float64, compared for equality. The gradient sent back for a row is its own code,
+    which must arrive scaled by the plan's scale, once from each rank with a summand. Collective.
     Raises: AssertionError naming the redistribution and the rank.
     """
     if program.rank is None:
         raise LayoutError("check_identity runs collectives: initialise torch.distributed first")
-    graph = program.graph
-    dp = graph.layouts[graph.sink].dp
+    graph, rank = program.graph, program.rank
+    sink = graph.layouts[graph.sink]
     for name, move in program.redistributions.items():
         plan = graph.plans[name]
-        sent = sample_runs(
-            holding_of(graph, plan.src.module), dp, num_microbatches, batch_size, program.rank
+        length = rows * prod(plan.grid[1:])
+        runs = {
+            side.module: sample_runs(
+                holding_of(graph, side.module), sink.dp, num_microbatches, batch_size, rank
+            )
+            for side in (plan.src, plan.dst)
+        }
+        if plan.dst.module == graph.sink:
+            replica, part = int(sink.coordinates("dp")[rank]), batch_size // sink.dp
+            runs[graph.sink] = [
+                (m, replica * part, (replica + 1) * part) for m in range(num_microbatches)
+            ]
+        if not move.wanted:
+            runs[plan.dst.module] = []
+        held, wanted = (
+            _coded(plan, side, move, runs[side.module], batch_size, length)
+            for side in (plan.src, plan.dst)
         )
-        held = _coded(sent, batch_size, rows).requires_grad_()
-        arrived = move(held)
-        wanted = torch.zeros(0, 2, dtype=torch.float64)
-        if move.wanted:
-            replica = int(plan.dst.layout.coordinates("dp")[program.rank])
-            part = batch_size // dp
-            reads = [(m, replica * part, (replica + 1) * part) for m in range(num_microbatches)]
-            wanted = _coded(reads, batch_size, rows)
-        where = f"{name} on rank {program.rank}"
-        if not torch.equal(arrived.detach(), wanted):
-            raise AssertionError(f"{where}: got {arrived.tolist()}, wanted {wanted.tolist()}")
-        arrived.backward(wanted)
-        back = held.detach() * float(plan.scale)
-        if held.grad is None or not torch.equal(held.grad, back):
-            raise AssertionError(f"{where}: gradient {held.grad}, wanted {back}")
+        _check(f"{name} on rank {rank}", move, held, wanted, num_microbatches * batch_size)
 
 
-def _coded(runs: list[tuple[int, int, int]], batch_size: int, rows: int) -> torch.Tensor:
-    """Rows (sample of the step + 1, row + 1) for each sample of ``runs``."""
-    codes = [
-        (microbatch * batch_size + sample + 1, row + 1)
-        for microbatch, start, stop in runs
-        for sample in range(start, stop)
-        for row in range(rows)
-    ]
-    return torch.tensor(codes, dtype=torch.float64).reshape(-1, 2)
+def _check(
+    where: str, move: Redistribution, held: torch.Tensor, wanted: torch.Tensor, samples: int
+) -> None:
+    held.requires_grad_()
+    arrived = move(held, samples=samples)
+    if not torch.equal(arrived.detach(), wanted):
+        raise AssertionError(f"{where}: got {arrived.tolist()}, wanted {wanted.tolist()}")
+    arrived.backward(wanted)
+    reader = move.plan.dst
+    summands = prod(reader.layout.sizes[axis] for axis in reader.partial)
+    back = held.detach() * float(move.plan.scale * summands)
+    if held.grad is None or not torch.equal(held.grad, back):
+        raise AssertionError(f"{where}: gradient {held.grad}, wanted {back}")
+
+
+def _coded(
+    plan: Plan, side: Holding, move: Redistribution, runs: list[Run], batch_size: int, length: int
+) -> torch.Tensor:
+    """(sample of the step + 1, row + 1) for each row of the samples of ``runs`` that the rank
+    holds, in the dims that ``move`` expects."""
+    samples = [m * batch_size + s + 1 for m, start, stop in runs for s in range(start, stop)]
+    codes = torch.ones(len(samples), length, 2, dtype=torch.float64)
+    codes[..., 0] *= torch.tensor(samples, dtype=torch.float64).reshape(-1, 1)
+    codes[..., 1] *= torch.arange(1, length + 1)
+    if "sequence" in plan.dims:
+        codes = cut_sequence(codes, 1, side.layout, move.rank)
+    if "slice" in plan.dims:
+        codes = codes.repeat(1, 1, plan.grid[-1])
+    if len(set(move.dims)) < len(move.dims):
+        return codes.flatten(0, 1).movedim(0, move.dims[0]).contiguous()
+    ndim = max(3, max(move.dims) + 2)
+    codes = codes.reshape(*codes.shape[:2], *[1] * (ndim - 3), codes.shape[-1])
+    return codes.movedim(list(range(len(move.dims))), list(move.dims)).contiguous()

@@ -71,13 +71,13 @@ def _group_permuted(program: Program) -> contextlib.AbstractContextManager[Any]:
     """What arrives from the peers of a group is joined in the reverse of their order."""
     original = Redistribution.__call__
 
-    def reversed_parts(self: Redistribution, value: torch.Tensor) -> torch.Tensor:
-        moved = original(self, value)
-        peers = max((len(step.members) for step in self.forward_steps), default=1)
-        parts = max(peers, 2)
-        if moved.shape[self.dim] % parts:
-            return moved.flip(self.dim)
-        return torch.cat(list(reversed(moved.chunk(parts, self.dim))), self.dim)
+    def reversed_parts(self: Redistribution, value: torch.Tensor, **known: Any) -> torch.Tensor:
+        moved = original(self, value, **known)
+        peers = max((len(step.members) for step in self.forward.steps), default=1)
+        parts, dim = max(peers, 2), self.dims[0]
+        if moved.shape[dim] % parts:
+            return moved.flip(dim)
+        return torch.cat(list(reversed(moved.chunk(parts, dim))), dim)
 
     return mock.patch.object(Redistribution, "__call__", reversed_parts)
 
@@ -88,24 +88,26 @@ def _zero_pad_adjoint(program: Program) -> contextlib.AbstractContextManager[Any
     original = Redistribution.move
 
     def padded(
-        self: Redistribution, steps: list[Any], value: torch.Tensor, rows: int
+        self: Redistribution, direction: Any, value: torch.Tensor, sizes: tuple[int, ...]
     ) -> torch.Tensor:
-        moved = original(self, steps, value, rows)
-        if steps is not self.backward_steps:
+        moved = original(self, direction, value, sizes)
+        if direction is not self.backward:
             return moved
-        own = _own_part(self, moved, rows)
+        own = _own_part(self, moved)
         return torch.where(own, moved, torch.zeros_like(moved))
 
     return mock.patch.object(Redistribution, "move", padded)
 
 
-def _own_part(move: Redistribution, moved: torch.Tensor, rows: int) -> torch.Tensor:
-    """Which rows of the gradient this rank's own replica had."""
-    reads = move.plan.dst.units()[move.rank]
-    units = [u for start, stop in move.plan.src.units()[move.rank] for u in range(start, stop)]
+def _own_part(move: Redistribution, moved: torch.Tensor) -> torch.Tensor:
+    """Which rows of the gradient this rank's own replica had, by their samples."""
+    reads, held = move.backward.has[0], move.backward.wants[0]
+    units = [u for start, stop in held for u in range(start, stop)]
+    # One dim may hold the rows of all samples.
+    rows = moved.shape[move.dims[0]] // len(units)
     own = [any(a <= unit < b for a, b in reads) for unit in units for _ in range(rows)]
     shape = [1] * moved.dim()
-    shape[move.dim] = len(own)
+    shape[move.dims[0]] = len(own)
     return torch.tensor(own, device=moved.device).view(shape)
 
 
