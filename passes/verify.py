@@ -30,7 +30,7 @@ from colocc.passes.solve.slots import slots_of
 from colocc.sequence import same_sequence
 from colocc.types import Type
 
-ORDER = ("capture", "propagate", "redistribute", "phases", "specialize")
+ORDER = ("capture", "propagate", "merge", "redistribute", "phases", "specialize")
 
 
 def verify(graph: Graph, *, after: str) -> None:
