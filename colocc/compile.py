@@ -28,10 +28,10 @@ from colocc.runtime.groups import (
     check_world,
     layouts_text,
 )
-from colocc.sequence import axes_of
 
 if TYPE_CHECKING:
     from colocc.runtime.groups import AnyLayout
+    from colocc.runtime.ragged import RowsPerItem
 
 
 def compile(
@@ -45,6 +45,7 @@ def compile(
     sequence_dims: Mapping[str, int] | None = None,
     ranks_per_node: int | None = None,
     reductions: Mapping[str, Reduction] | None = None,
+    rows: Mapping[str, RowsPerItem] | None = None,
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> Program:
     """Return the program that trains ``model`` with each module on its own layout.
@@ -57,7 +58,9 @@ def compile(
     where it is not 0. ``sequence_dims`` names the dim that holds the sequence, of inputs and of
     modules' outputs: layouts with cp or sp then read and make their part of it, instead of all.
     Redistributions between nodes of ``ranks_per_node`` ranks cross with each byte once.
-    ``reductions`` overrides how a module's gradients are reduced over its dp axis.
+    ``reductions`` overrides how a module's gradients are reduced over its dp axis. ``rows`` gives, of
+    modules of a MimoModel whose items (images, clips) make different numbers of rows, a function
+    from one microbatch's inputs to the rows of each item.
 
     Collective. Without an initialised torch.distributed the program can be printed, not run.
 
@@ -78,6 +81,7 @@ def compile(
         _check_options(model, plain, dims, lengths, means, ranks_per_node)
         options = {"batch_dims": dims, "sequence_dims": lengths, "ranks_per_node": ranks_per_node}
         graph = _build(model, plain, example_inputs, means, options)
+        _check_rows(graph, rows or {})
         found = graph, _specialized(graph)
     except Exception as problem:  # noqa: BLE001 - agreed on below, then raised on every rank
         error = problem
@@ -88,7 +92,7 @@ def compile(
     )
     agree_on("the compiled program", text, error)
     assert found is not None
-    return Program(model, *found, groups, dims, timeout)
+    return Program(model, *found, groups, dims, timeout, rows=rows)
 
 
 def _check_groups(groups: ProcessGroups | None, layouts: dict[str, Layout]) -> None:
@@ -123,6 +127,7 @@ def _build(
     options: Mapping[str, Any],
 ) -> Graph:
     traits = megatron.traits_of(model, example_inputs)
+    megatron.check_sequence(model, layouts)
     targets = passes.capture_targets(model, layouts, traits)
     reductions = {
         name: overrides[name]
@@ -151,7 +156,6 @@ def _check_options(
 ) -> None:
     """Raise LayoutError for options that nothing would read, or that nothing can do."""
     inputs = list(inspect.signature(model.forward).parameters)
-    _refuse_cut_mimo(model, layouts)
     for name, dim in batch_dims.items():
         if name not in inputs or type(dim) is not int or dim < 0:
             raise LayoutError(
@@ -177,14 +181,12 @@ def _check_options(
             )
 
 
-def _refuse_cut_mimo(model: nn.Module, layouts: Mapping[str, Layout]) -> None:
-    """Raise LayoutError for a MimoModel of which a layout cuts the sequence."""
-    for name, layout in layouts.items():
-        if megatron.is_mimo(model) and axes_of(layout):
-            axes = " and ".join(axes_of(layout))
+def _check_rows(graph: Graph, rows: Mapping[str, RowsPerItem]) -> None:
+    for name, function in rows.items():
+        if name not in graph.rows or not callable(function):
             raise LayoutError(
-                f"{name} ({layout}) cuts the sequence over {axes}, which is not known of a "
-                f"{type(model).__name__}. Give {name} cp1, without sp."
+                f"rows has {name!r}: {function!r}; give the name of a module whose rows belong to "
+                f"placeholders ({', '.join(graph.rows) or 'this model has none'}) and a function"
             )
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from colocc.errors import LayoutError
 from colocc.passes.solve.plan import Holding, Plan, Step, pieces
+from colocc.runtime.exchange import exchange
 
 Ids = NDArray[np.int64]
 Corners = tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]
@@ -157,6 +158,8 @@ class RowRedistribution:
         name: str = "redistribution",
         empty: Callable[[], torch.Tensor] | None = None,
     ) -> None:
+        if "slice" in plan.dims:
+            raise LayoutError(f"{name}: rows do not move in slices: leave out ranks_per_node")
         self.plan, self.rank, self.name, self.empty = plan, rank, name, empty
         self.rows: Rows | None = None
         self.forward_steps = _bound(plan.forward, plan.src, groups, rank)
@@ -253,9 +256,9 @@ class _BoundStep:
         rank: int,
         held: Callable[[int], Corners],
     ) -> None:
-        if step.adds:
-            raise LayoutError(f"a {step.kind} of rows does not add: rows have one reader each")
-        self.kind = step.kind
+        if step.adds or step.kind == "all_reduce":
+            raise LayoutError(f"a {step.kind} of rows adds: a row has one reader in each replica")
+        self.kind, self.rank = step.kind, rank
         self.members = step.group_of(rank) or (rank,)
         self.group = groups[self.members] if len(self.members) > 1 else None
         if self.group is not None:
@@ -294,16 +297,41 @@ class _BoundStep:
     def __call__(self, value: torch.Tensor, moved: _Traffic) -> torch.Tensor:
         sent = value if moved.send is None else value.index_select(0, moved.send)
         if self.group is not None:
-            sent = self._exchange(sent.contiguous(), moved)
+            sent = self._exchange(sent.contiguous(), moved, self.group)
         return sent if moved.order is None else sent.index_select(0, moved.order)
 
-    def _exchange(self, sent: torch.Tensor, moved: _Traffic) -> torch.Tensor:
+    def _exchange(
+        self, sent: torch.Tensor, moved: _Traffic, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        if self.kind == "send_recv":
+            return self._send_recv(sent, moved, group)
         received = sent.new_empty((sum(moved.came), *sent.shape[1:]))
         if moved.even:
-            dist.all_gather_into_tensor(received, sent, group=self.group)
+            dist.all_gather_into_tensor(received, sent, group=group)
         else:
-            dist.all_to_all_single(received, sent, moved.came, moved.sent, group=self.group)
+            dist.all_to_all_single(received, sent, moved.came, moved.sent, group=group)
         return received
+
+    def _send_recv(
+        self, sent: torch.Tensor, moved: _Traffic, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        """As an all_to_all; a rank's rows to itself stay."""
+        width = torch.Size(sent.shape[1:]).numel()
+        parts = sent.split(moved.sent)
+        own = self.members.index(self.rank)
+        away = [i != own for i in range(len(self.members))]
+        received = exchange(
+            [[part] if far and len(low) else None
+             for part, far, (low, _) in zip(parts, away, self.outgoing, strict=True)],
+            [count * width if far and len(low) else None
+             for count, far, (low, _) in zip(moved.came, away, self.incoming, strict=True)],
+            group=group,
+            kind="send_recv",
+            like=sent,
+        )  # fmt: skip
+        before = sum(moved.came[:own]) * width
+        first, last = received.split([before, received.numel() - before])
+        return torch.cat([first, parts[own].reshape(-1), last]).view(-1, *sent.shape[1:])
 
 
 def _ends(moves: Any) -> Corners:

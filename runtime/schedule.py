@@ -30,10 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Encoded:
-    """The values that cross from encode to language: whole, and cut into leaves by microbatch."""
+    """The values that cross from encode to language: whole, and cut into leaves by microbatch.
+
+    ``counts`` gives, of values made of rows, the rows of each microbatch; all others have equally
+    many samples in each.
+    """
 
     nodes: list[fx.Node]
     whole: list[Any]
+    counts: dict[fx.Node, list[int]] = field(default_factory=dict)
     leaves: list[list[Any]] = field(default_factory=list)
 
     def cut(self, microbatches: int) -> None:
@@ -47,15 +52,14 @@ class Encoded:
     def _pairs(self) -> Iterator[tuple[fx.Node, Any]]:
         return zip(self.nodes, self.whole, strict=True)
 
-    @staticmethod
-    def _leaf(node: fx.Node, value: Any, index: int, count: int) -> Any:
-        dim = _batch_dim(node)
+    def _leaf(self, node: fx.Node, value: Any, index: int, count: int) -> Any:
+        dim, counts = _batch_dim(node), self.counts.get(node)
 
         def part(tensor: Any) -> Any:
             if not isinstance(tensor, torch.Tensor) or dim is None:
                 return tensor
-            size = tensor.shape[dim] // count
-            leaf = tensor.detach().narrow(dim, index * size, size)
+            sizes = counts or [tensor.shape[dim] // count] * count
+            leaf = tensor.detach().narrow(dim, sum(sizes[:index]), sizes[index])
             return leaf.requires_grad_(tensor.requires_grad)
 
         return pytree.tree_map(part, value)
@@ -80,6 +84,8 @@ class Encoded:
 
 
 def _batch_dim(node: fx.Node) -> int | None:
+    if "rows" in node.meta:
+        return 0
     found = first_type(node.meta["types"])
     return found.batch if found is not None else None
 
@@ -100,7 +106,7 @@ def three_phase(
 ) -> list[Any]:
     """Run one step; return what Megatron's schedule returns on this rank."""
     count = len(batches.microbatches)
-    encoded = Encoded(program.cut, [])
+    encoded = Encoded(program.cut, [], program.row_counts(batches))
     with torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
         encoded.whole = program.encode(batches)
     encoded.cut(count)
