@@ -31,7 +31,7 @@ from colocc.runtime.groups import (
 )
 from colocc.runtime.ragged import RowsPerItem
 from colocc.runtime.redistribution import Groups, Redistribution, tensor_dims
-from colocc.runtime.rows import RowRedistribution, rows_held
+from colocc.runtime.rows import RowRedistribution, counted, rows_held
 from colocc.runtime.schedule import three_phase
 
 if TYPE_CHECKING:
@@ -155,10 +155,13 @@ class Program:
             if isinstance(move, RowRedistribution):
                 move.rows = batches.ragged.rows[move.plan.src.module]
         found = self._encode(values, samples=len(batches.microbatches) * batches.size)
-        return [
-            megatron.no_rows(self.model) if value is None and "rows" in node.meta else value
-            for node, value in zip(self.cut, found, strict=True)
-        ]
+        counts = self.row_counts(batches)
+        for place, node in enumerate(self.cut):
+            if node in counts and node.name not in self.redistributions:
+                made = megatron.no_rows(self.model) if found[place] is None else found[place]
+                who = f"{node.name} on rank {self.rank}"
+                found[place] = counted(made, sum(counts[node]), who)
+        return found
 
     def row_counts(self, batches: Batches) -> dict[fx.Node, list[int]]:
         """Of the values of ``cut`` that are made of rows, this rank's rows in each microbatch."""

@@ -53,11 +53,11 @@ class Ragged:
         templates: dict[str, Any] | None = None,
     ) -> None:
         """``tokens`` is the placeholder of each module; ``replicas`` the reader's dp.
-        ``templates`` keeps inputs without items of each module, for steps that have none.
+        ``templates`` keeps the inputs of one item of each module, for steps that have none.
 
         Raises: LayoutError for items and placeholders that do not match, with the first sample.
         """
-        ids = on_host([batch["input_ids"] for batch in microbatches])
+        ids = on_host([batch["input_ids"] for batch in microbatches]) if tokens else []
         given = rows_per_item or {}
         self.templates = {} if templates is None else templates
         self.modules = {
@@ -75,7 +75,12 @@ class Ragged:
 
     def encoder_input(self, name: str, units: Intervals, count: int, path: tuple[str, ...]) -> Any:
         """The part of an input of module ``name`` that holds the items of ``units``, of ``count``
-        in a step; zero items where there are none, None where no step has had any."""
+        in a step.
+
+        Where there are none, one item of the step, or of one before it: encoders need not take an
+        empty batch, and yet run the collectives of their peers; its rows count for nothing. None
+        where no step has had an item.
+        """
         module = self.modules[name]
         samples = samples_in(
             units, units_of(module.rows.samples, module.rows.replicas, count)
@@ -247,9 +252,9 @@ class _Module:
     # ------------------------------------------------------------ inputs
 
     def template(self) -> Any:
-        """This module's inputs with no item; None where no microbatch has any."""
-        given = next((value for value in self.inputs if value is not None), None)
-        return None if given is None else _narrow(given, lambda leaf: leaf.narrow(0, 0, 0))
+        """This module's inputs of one item; None where no microbatch has any."""
+        index = next((i for i, found in enumerate(self.items) if len(found.rows)), None)
+        return None if index is None else self._items_of(index, 0, 1, (INPUTS, self.name))
 
     def cut(self, samples: Ids, path: tuple[str, ...]) -> list[Any]:
         """The items of ``samples``, in runs of neighbours within a microbatch."""

@@ -142,6 +142,23 @@ def _corners(holding: Holding, rank: int) -> Corners:
     return np.array(low).reshape(-1, dims), np.array(high).reshape(-1, dims)
 
 
+def counted(value: torch.Tensor, wanted: int, who: str) -> torch.Tensor:
+    """The rows that an encoder made, ``wanted`` of them.
+
+    A rank whose samples have no rows encodes something all the same, for the collectives in the
+    encoder: it is dropped, and its gradient is zero.
+    Raises: LayoutError for another number.
+    """
+    if wanted == 0:
+        return value[:0]
+    if len(value) != wanted:
+        raise LayoutError(
+            f"{who} made {len(value)} rows, the samples that it encodes there have {wanted} "
+            "placeholders in input_ids"
+        )
+    return value
+
+
 class RowRedistribution:
     """A plan bound to this rank and its process groups, for rows that ``rows`` describes.
 
@@ -179,25 +196,14 @@ class RowRedistribution:
             assert self.empty is not None
             value = self.empty()
         held = cells.inside(_corners(self.plan.src, self.rank))
-        self.check(value, len(held))
-        read = cells.inside(_corners(self.plan.dst, self.rank))
+        value = counted(value, len(held), f"{self.plan.src.module} on rank {self.rank}")
         moved: torch.Tensor = _Move.apply(  # type: ignore[no-untyped-call]
             value,
             self,
             [step.traffic(cells, value.device) for step in self.forward_steps],
             [step.traffic(cells, value.device) for step in self.backward_steps],
         )
-        assert len(moved) == len(read)
         return moved
-
-    def check(self, value: torch.Tensor, wanted: int) -> None:
-        """Raise LayoutError unless ``value`` has ``wanted`` rows."""
-        if len(value) != wanted:
-            src = self.plan.src
-            raise LayoutError(
-                f"{self.name}: {src.module} ({src.layout}) made {len(value)} rows on rank "
-                f"{self.rank}, the samples that it encodes there have {wanted} placeholders"
-            )
 
     def counts(self, rows: Rows) -> list[int]:
         """The rows of each microbatch among those that this rank reads."""

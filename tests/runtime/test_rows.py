@@ -193,7 +193,7 @@ def test_a_wrong_number_of_rows_names_the_rank() -> None:
     plan = solve(("images", src), ("language", dst), dims=DIMS)
     move = RowRedistribution(plan, dict.fromkeys(plan.member_lists()), 3, name="images_language")  # type: ignore[arg-type]
     move.rows = rows_of([4] * 16, 2, 1)
-    with pytest.raises(LayoutError, match=r"made 7 rows on rank 3, .* 8 placeholders"):
+    with pytest.raises(LayoutError, match=r"images on rank 3 made 7 rows, .* 8 placeholders"):
         move(torch.zeros(7, 2))
 
 
