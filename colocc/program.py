@@ -92,13 +92,19 @@ class Program:
             if node.name in plans:
                 moves[node.name] = self._bound(plans[node.name], node, opened, rank)
             elif isinstance(node.target, Merge):
-                layout = mine.layouts[mine.sink]
-                self._calls[node.name] = megatron.MergeInPart(self.model, layout, rank)
+                self._calls[node.name] = megatron.MergeInPart(
+                    self.model, mine.layouts[mine.sink], rank
+                )
+        self._calls |= {n: move for n, move in moves.items() if isinstance(move, RowRedistribution)}
         self.cut = cut(mine)
-        self._encode = Executor(mine, "encode", self.model, moves, self.cut)
-        calls = {**moves, **self._calls}
         self._output = mine.output()
-        self._language = Executor(mine, "language", self.model, calls, self._output.all_input_nodes)
+        self._encode, self._language = (
+            Executor(mine, phase, self.model, moves, results, calls=self._calls)
+            for phase, results in (
+                ("encode", self.cut),
+                ("language", self._output.all_input_nodes),
+            )
+        )
 
     def _bound(
         self, plan: Plan, node: fx.Node, groups: Groups, rank: int

@@ -16,7 +16,6 @@ more than these rows need to come here.
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -25,7 +24,6 @@ from colocc.errors import CaptureError
 from colocc.passes.capture import Method
 from colocc.passes.graph import Graph, Traits, first_type
 from colocc.sequence import axes_of
-from colocc.types import Type
 
 
 class Merge:
@@ -103,7 +101,4 @@ def _item(node: fx.Node) -> Any:
 def _in_part(types: Any) -> Any:
     """The type of the embeddings [sequence, sample, hidden] with their sequence cut."""
     found = first_type(types)
-    if not isinstance(types, Type) or found is None or found.open or len(found.dims) != 3:
-        return types
-    cut = replace(found.dims[0], axes=axes_of(found.layout))
-    return replace(found, dims=(cut, *found.dims[1:]))
+    return types if found is None or found.open else found.cut(0, "merge")

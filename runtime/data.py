@@ -64,9 +64,7 @@ class Batches:
         if module in self.graph.rows:
             holding = holding_of(self.graph, module)
             units = holding.units()[self.rank]
-            return self.ragged.encoder_input(
-                module, units, units_in(holding), node.meta["path"]
-            )
+            return self.ragged.encoder_input(module, units, units_in(holding), node.meta["path"])
         runs = sample_runs(
             holding_of(self.graph, node.meta["module"]),
             self.sink.dp,

@@ -69,7 +69,9 @@ def traits_of(model: Any, example_inputs: Mapping[str, Any] | None) -> Traits:
         nested={"modality_inputs": names},
         outputs=outputs | {LANGUAGE: shapes.language},
         disabled=("colocated_comms",),
-        rows={name: model.special_token_ids[name] for name in names if name in model.special_token_ids},
+        rows={
+            name: model.special_token_ids[name] for name in names if name in model.special_token_ids
+        },
         merging=Merging(
             "get_text_embeddings", "align_embeddings_by_token_positions", "_shard_language_inputs"
         ),

@@ -82,9 +82,7 @@ class Ragged:
         where no step has had an item.
         """
         module = self.modules[name]
-        samples = samples_in(
-            units, units_of(module.rows.samples, module.rows.replicas, count)
-        )
+        samples = samples_in(units, units_of(module.rows.samples, module.rows.replicas, count))
         parts = module.cut(samples, path)
         if not parts:
             return lookup({INPUTS: self.templates}, path)
@@ -123,9 +121,7 @@ class _Module:
         if rows_per_item is None:
             self.items = self._alike()
         else:
-            self.items = [
-                self._stated(index, rows_per_item) for index in range(len(microbatches))
-            ]
+            self.items = [self._stated(index, rows_per_item) for index in range(len(microbatches))]
         self.rows = self._rows(masks)
 
     # ------------------------------------------------------------ items
@@ -181,9 +177,7 @@ class _Module:
             f"Give {INPUTS}[{self.name!r}], or leave the placeholders out."
         )
 
-    def _mismatch(
-        self, index: int, numbers: Sequence[int], total: int, odd: Ids
-    ) -> LayoutError:
+    def _mismatch(self, index: int, numbers: Sequence[int], total: int, odd: Ids) -> LayoutError:
         items = sum(numbers)
         count = self.counts[index]
         text = f"{self.name}: the step has {total} placeholders in input_ids for {items} items"

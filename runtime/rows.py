@@ -205,6 +205,14 @@ class RowRedistribution:
         )
         return moved
 
+    def move(
+        self, steps: list[_BoundStep], traffic: list[_Traffic], value: torch.Tensor
+    ) -> torch.Tensor:
+        """``value`` after ``steps``; a result that no step made is ``value`` itself."""
+        for step, moved in zip(steps, traffic, strict=True):
+            value = step(value, moved)
+        return value
+
     def counts(self, rows: Rows) -> list[int]:
         """The rows of each microbatch among those that this rank reads."""
         return rows.by_microbatch(rows_held(self.plan, self.plan.dst, rows, self.rank))
@@ -220,23 +228,17 @@ class _Move(torch.autograd.Function):
         backward: list[_Traffic],
     ) -> torch.Tensor:
         ctx.owner, ctx.traffic = owner, backward
-        result = _run(owner.forward_steps, forward, value)
+        result = owner.move(owner.forward_steps, forward, value)
         shares = result.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
         return result.clone() if shares else result
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         owner: RowRedistribution = ctx.owner
-        back = _run(owner.backward_steps, ctx.traffic, gradients[0])
+        back = owner.move(owner.backward_steps, ctx.traffic, gradients[0])
         if owner.plan.scale != 1:
             back = back * float(owner.plan.scale)
         return back, None, None, None
-
-
-def _run(steps: list[_BoundStep], traffic: list[_Traffic], value: torch.Tensor) -> torch.Tensor:
-    for step, moved in zip(steps, traffic, strict=True):
-        value = step(value, moved)
-    return value
 
 
 @dataclass(frozen=True)

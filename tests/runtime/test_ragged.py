@@ -112,9 +112,7 @@ def check_inputs(seen: list[Run], wanted: Run, language: Layout) -> None:
             assert relative_l2(value, part) < 1e-5, (rank, microbatch)
 
 
-def check_loss(
-    seen: list[Run], wanted: Run, language: Layout, stream: list[list[int]]
-) -> None:
+def check_loss(seen: list[Run], wanted: Run, language: Layout, stream: list[list[int]]) -> None:
     """The sums of the losses of all replicas and cp ranks over the tokens are the oracle's loss."""
     places = zip(*(language.coordinates(axis).tolist() for axis in ("dp", "cp")), strict=True)
     leaders = {

@@ -130,9 +130,7 @@ def on_ranks[R](plan: Plan, work: Callable[[RowRedistribution, int], R]) -> list
 @pairs
 def test_rows_arrive_and_gradients_return(src: Layout, dst: Layout, microbatches: int) -> None:
     plan = solve(("images", src), ("language", dst), dims=DIMS, scale=Fraction(3))
-    batches = [
-        rows_of(counts, dst.dp, microbatches) for counts in COUNTS.values()
-    ]
+    batches = [rows_of(counts, dst.dp, microbatches) for counts in COUNTS.values()]
 
     def work(move: RowRedistribution, rank: int) -> None:
         for rows in batches:
@@ -177,9 +175,7 @@ def test_rows_are_cut_by_microbatch() -> None:
 
 
 @pytest.mark.parametrize(("samples", "replicas", "units"), [(12, 2, 6), (10, 2, 6), (4, 2, 12)])
-def test_units_cut_each_replica_s_samples_by_floor(
-    samples: int, replicas: int, units: int
-) -> None:
+def test_units_cut_each_replica_s_samples_by_floor(samples: int, replicas: int, units: int) -> None:
     found, size, share = units_of(samples, replicas, units), samples // replicas, units // replicas
     for replica in range(replicas):
         for unit in range(share):
