@@ -18,7 +18,6 @@ Algorithm:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import fx
 from torch.utils import _pytree as pytree

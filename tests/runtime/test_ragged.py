@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import colocc
-from colocc import Layout, LayoutError
+from colocc import Layout
 from colocc.runtime import cpu
-from colocc.runtime.ragged import Ragged
 from colocc.testing import Run, compare, float64, observed, oracle, relative_l2, watch_input
 from tests import mimo, ragged
 from tests.harness import ProcessPool
