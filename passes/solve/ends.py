@@ -19,7 +19,12 @@ from colocc.layout import Layout
 from colocc.passes.solve.plan import Holding, Intervals, Part
 
 Ints = NDArray[np.int64]
-CUT = {"sequence": (True, True), "row": (True, False), "position": (False, True)}
+CUT = {
+    "sequence": (True, True),
+    "row": (True, False),
+    "position": (False, True),
+    "slice": (False, False),
+}
 """Whether the source's and the reader's layout cut a dim."""
 ALL_DIMS = (("sample",), ("sample", "sequence"), ("sample", "row", "position"))
 
@@ -27,14 +32,14 @@ ALL_DIMS = (("sample",), ("sample", "sequence"), ("sample", "row", "position"))
 @lru_cache(maxsize=512)
 def coordinate(layout: Layout, axis: str) -> Ints:
     """The coordinate of every rank on ``axis``: the first axis of the order turns fastest."""
-    stride = 1
-    for name in layout.order.split("-"):
-        if name == axis:
-            break
-        stride *= 1 if name == "ep" else getattr(layout, name)
-    found: Ints = np.arange(layout.size) // stride % getattr(layout, axis)
+    found: Ints = np.arange(layout.size) // _stride(layout, axis) % getattr(layout, axis)
     found.flags.writeable = False
     return found
+
+
+def _stride(layout: Layout, axis: str) -> int:
+    faster = layout.order.split("-")[: layout.order.split("-").index(axis)]
+    return prod(getattr(layout, name) for name in faster if name != "ep")
 
 
 @lru_cache(maxsize=512)
@@ -134,8 +139,8 @@ class End:
 
     Rank r holds the pieces of box ``place[r]``, nothing where that is -1. Piece i belongs to the
     box ``owner[i]`` and reaches from ``low[i]`` to ``high[i]``; pieces come by owner. Of the
-    gradient, rank r has summand ``summand[r]`` of ``summands``. Ranks with one ``lane`` have the
-    same coordinates on all axes over which the value is replicated.
+    gradient, rank r has summand ``summand[r]`` of ``summands``. ``lane[r]`` is how many ranks r lies
+    behind the one that has coordinate 0 on all axes over which the value is replicated.
 
     Shapes: place, summand, lane [ranks]; owner [pieces]; low, high [pieces, dims].
     """
@@ -177,8 +182,15 @@ class End:
             high=corners[order, :, 1],
             summand=number(layout, holding.partial),
             summands=prod(getattr(layout, axis) for axis in holding.partial),
-            lane=number(layout, tuple(a for a in ("tp", "cp", "pp", "dp") if a not in used)),
+            lane=_offset(layout, {"tp", "cp", "pp", "dp"} - used),
         )
+
+
+def _offset(layout: Layout, axes: set[str]) -> Ints:
+    found = np.zeros(layout.size, dtype=np.int64)
+    for axis in axes:
+        found += _stride(layout, axis) * coordinate(layout, axis)
+    return found
 
 
 def number(layout: Layout, axes: tuple[str, ...]) -> Ints:

@@ -251,12 +251,7 @@ def _move(step: Step, state: State, end: End) -> State:
     if step.adds != adding:
         raise VerifyError(f"a {step.kind} {'adds' if step.adds else 'does not add'} what arrives")
     count = len(moves)
-    sent = Pieces(
-        state.buffer[moves.src],
-        np.column_stack([moves.low, np.zeros(count, dtype=np.int64)]),
-        np.column_stack([moves.high, np.full(count, end.summands)]),
-    )
-    index, found = meet(sent, state.pieces)
+    index, found = meet(_sent(moves, state, end.summands), state.pieces)
     carried = _sum(index, found.cells(), count)
     lacking = np.flatnonzero(carried != moves.cells() * state.width)
     if len(lacking):
@@ -340,3 +335,26 @@ def shared(end: End, state: State, summands: int) -> Ints:
     need = boxes(end, ranks, np.zeros_like(ranks), np.full_like(ranks, summands))
     index, found = meet(replace(need, owner=state.buffer[need.owner]), state.pieces)
     return _sum(need.owner[index], found.cells(), len(ranks))
+
+
+def volumes(end: End) -> Ints:
+    """The cells of every rank's box at ``end``."""
+    sizes = Pieces(end.owner, end.low, end.high).total(int(end.owner.max()) + 1)
+    return np.where(end.place >= 0, sizes[end.place], 0)
+
+
+def holders(moves: Moves, state: State) -> NDArray[np.bool_]:
+    """Whether the sender of each move holds all of it in ``state``, one summand of it each."""
+    index, found = meet(_sent(moves, state, np.iinfo(np.int32).max), state.pieces)
+    held: NDArray[np.bool_] = _sum(index, found.cells(), len(moves)) == moves.cells()
+    return held
+
+
+def _sent(moves: Moves, state: State, summands: int) -> Pieces:
+    """What the senders of moves must hold: their cells, whichever summands of them."""
+    zeros = np.zeros(len(moves), dtype=np.int64)
+    return Pieces(
+        state.buffer[moves.src],
+        np.column_stack([moves.low, zeros]),
+        np.column_stack([moves.high, zeros + summands]),
+    )
