@@ -314,6 +314,20 @@ def _check_same_cells(members: Ints, first: Ints, state: State) -> None:
         raise VerifyError(f"rank {members[wrong]} adds other cells than rank {first[wrong]}")
 
 
+def check_all_used(moves: Moves, state: State) -> None:
+    """Raise VerifyError unless the moves carry all that their senders hold, pieces that go to
+    several ranks alike."""
+    if state.width > 1:
+        raise VerifyError("sums move on in a step of their own")
+    columns = [moves.src, *moves.low.T, *moves.high.T]
+    rows = np.unique(np.column_stack(columns).astype(np.int64), axis=0)
+    dims = moves.low.shape[1]
+    sent = Pieces(state.buffer[rows[:, 0]], rows[:, 1 : 1 + dims], rows[:, 1 + dims :])
+    wrong = differs(sent, state.pieces.without_summands(), len(state.buffer))
+    if wrong is not None:
+        raise VerifyError(f"rank {wrong} holds other cells between two steps than it uses")
+
+
 def received(step: Step, before: State, after: State) -> Ints:
     """The cells, every summand counted, that each rank takes from others in ``step``."""
     if step.kind in ("all_gather", "all_reduce"):
