@@ -9,7 +9,7 @@ Under context parallelism (``config.context_parallel_size`` > 1), with megatron-
   and MimoModel, which embeds before it cuts, those of the whole sequence.
 - Rotary angles come from no ids: GPTModel computes those of ``tokens here * cp`` (``* tp`` with
   sequence_parallel) and takes the zigzag part of ``pg_collection.cp``. mrope does so with the
-  position_ids of the whole sequence. Contiguous placement is thus for models without rotary angles.
+  position_ids of the whole sequence. ``zigzag=False`` is thus for models without rotary angles.
 - SelfAttention hands its own pg_collection to core attention, whose ``cp`` is the group here.
 """
 
@@ -29,7 +29,7 @@ from torch.nn import functional
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from colocc.errors import LayoutError
-from colocc.runtime.context_parallel import Placement, chunk_length, chunks_of, gather
+from colocc.runtime.context_parallel import chunks_of, gather
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -41,8 +41,8 @@ class SdpaAttention(MegatronModule):
     returns [s, b, heads * d]. A mask is Megatron's: True where a position must not be seen,
     broadcast to [b, heads, s, t]. A causal mask lets the last query see the last key.
 
-    With config.context_parallel_size > 1, s and t are a cp rank's own tokens, placed as
-    ``placement`` says (bind it with functools.partial in the ModuleSpec). Keys and values are
+    With config.context_parallel_size > 1, s and t are a cp rank's own tokens: two chunks, or a run
+    with ``zigzag`` False (bind it with functools.partial in the ModuleSpec). Keys and values are
     gathered over ``pg_collection.cp``, whatever cp_comm_type says, and held until backward.
     Raises: NotImplementedError for packed sequences, an attention bias, a mask under cp, or
     apply_query_key_layer_scaling; LayoutError for a cp group of another size than the config's, or
@@ -58,14 +58,14 @@ class SdpaAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
-        placement: Placement = "zigzag",
+        zigzag: bool = True,
         **unused: Any,
     ) -> None:
         super().__init__(config)
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.placement: Placement = placement
+        self.zigzag = zigzag
         self.cp_group = _cp_group(config, pg_collection)
         if config.apply_query_key_layer_scaling:
             raise NotImplementedError("SdpaAttention wants apply_query_key_layer_scaling=False")
@@ -112,18 +112,17 @@ class SdpaAttention(MegatronModule):
                 f"{key.shape[0]} keys on a rank: which keys come before a query is known where "
                 f"both are parts of one sequence. Pass equally many of both, or no_mask."
             )
-        keys, values = gather(key, value, group, self.placement)
+        keys, values = gather(key, value, group, zigzag=self.zigzag)
         with self._random_states():
             if not causal:
                 return self._attend(query, keys, values, None, causal=False).flatten(2)
-            length = chunk_length(query.shape[0], group.size(), self.placement)
-            chunks = chunks_of(group.rank(), group.size(), self.placement)
+            chunks = chunks_of(group.rank(), group.size(), zigzag=self.zigzag)
+            length = query.shape[0] // len(chunks)
             # The queries of a chunk see the chunks up to their own, that one causally.
+            ends = [(chunk + 1) * length for chunk in chunks]
             parts = [
-                self._attend(
-                    part, keys[: (chunk + 1) * length], values[: (chunk + 1) * length], None, True
-                )
-                for chunk, part in zip(chunks, query.split(length), strict=True)
+                self._attend(part, keys[:end], values[:end], None, causal=True)
+                for part, end in zip(query.split(length), ends, strict=True)
             ]
         return torch.cat(parts).flatten(2)
 
