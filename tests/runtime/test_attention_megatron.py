@@ -55,9 +55,7 @@ def numbers(*, double: bool) -> Iterator[None]:
         yield
 
 
-def megatron_step(
-    model: Any, modules: dict[str, Any], groups: Any, layout: Layout, forward_step: Any
-) -> Run:
+def megatron_step(modules: dict[str, Any], groups: Any, layout: Layout, forward_step: Any) -> Run:
     """A step of Megatron's own schedule and finalisation; every module on its own groups."""
 
     def finalize(_: Any, tokens: Any, *args: Any, **kwargs: Any) -> None:
@@ -65,7 +63,7 @@ def megatron_step(
             count = None if tokens is None else tokens.clone()
             finalize_model_grads([module], count, groups[name], force_all_reduce=True)
 
-    stage = megatron.Stage(model, finalize)
+    stage = megatron.Stage(modules["language"], finalize)
     for module in modules.values():
         module.zero_grad_buffer()
     logs = megatron.run_schedule(
@@ -175,7 +173,7 @@ def gpt_on_rank(
             out = stage.module(part["input_ids"], part["position_ids"], None, labels=part["labels"])
             return out, partial(loss_func, part["loss_mask"])
 
-        run = megatron_step(ddp, {"language": ddp}, groups, layout, forward_step)
+        run = megatron_step({"language": ddp}, groups, layout, forward_step)
         mine = torch.tensor(sum(int(count) for count in counted))
         return run, int(megatron.global_tokens(mine, pg))
 
@@ -251,14 +249,14 @@ def mimo_on_rank(rank: int, layout: Layout, sp: bool, per_token: bool, double: b
             groups, layouts, length=LENGTH, per_token=per_token, sequence_parallel=sp
         )
 
-        def forward_step(indices: Iterator[int], stage: Any) -> tuple[Any, Any]:
+        def forward_step(indices: Iterator[int], _: Any) -> tuple[Any, Any]:
             batch = replica_of(batches()[next(indices)], layout, rank)
-            losses, mask = stage.module(**batch)
+            losses, mask = model(**batch)
             assert losses.shape == mask.shape == (BATCH // layout.dp, LENGTH // layout.cp)
             return losses, lambda out: mimo.loss_func((out, mask))
 
         modules = {"images": model.modality_submodules["images"], "language": model.language_model}
-        return megatron_step(model, modules, groups, layout, forward_step)
+        return megatron_step(modules, groups, layout, forward_step)
 
 
 @pytest.mark.parametrize("per_token", [True, False])
