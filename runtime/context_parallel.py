@@ -72,7 +72,9 @@ def gather(
     size = group.size()
     check_length("key", size * key.shape[0], size, zigzag=zigzag)
     check_length("value", size * value.shape[0], size, zigzag=zigzag)
-    whole: tuple[torch.Tensor, torch.Tensor] = _Gather.apply(key, value, group, zigzag)
+    whole: tuple[torch.Tensor, torch.Tensor] = _Gather.apply(  # type: ignore[no-untyped-call]
+        key, value, group, zigzag
+    )
     return whole
 
 
@@ -92,7 +94,7 @@ class _Gather(torch.autograd.Function):
         return join(keys, 0, zigzag=zigzag), join(values, 0, zigzag=zigzag)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         size = ctx.group.size()
         order = [

@@ -84,14 +84,14 @@ def megatron_step(modules: dict[str, Any], groups: Any, layout: Layout, forward_
 
 def check_losses(runs: list[Run], layout: Layout, wanted: Run) -> None:
     """The sums over dp and cp of the ranks' losses, over the tokens, are the oracle's loss."""
-    places = zip(*(layout.coordinates(axis).tolist() for axis in ("dp", "cp")), strict=True)
-    shares = {
-        place: run.loss for place, run in zip(places, runs, strict=True) if run.loss is not None
-    }
+    places = [layout.coordinates(axis).tolist() for axis in ("dp", "cp")]
+    shares: dict[tuple[int, int], float] = {}
+    for run, dp, cp in zip(runs, *places, strict=True):
+        if run.loss is not None:
+            shares[dp, cp] = run.loss
     assert len(shares) == layout.dp * layout.cp
     tokens = sum(int(batch["loss_mask"].sum()) for batch in batches())
-    total = sum(loss for loss in shares.values() if loss is not None)
-    assert total / tokens == pytest.approx(wanted.loss, rel=1e-5)
+    assert sum(shares.values()) / tokens == pytest.approx(wanted.loss, rel=1e-5)
 
 
 # ---------------------------------------------------------------- GPTModel
