@@ -28,6 +28,7 @@ from colocc.runtime.groups import (
     check_world,
     layouts_text,
 )
+from colocc.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from colocc.runtime.groups import AnyLayout
@@ -58,9 +59,13 @@ def compile(
     where it is not 0. ``sequence_dims`` names the dim that holds the sequence, of inputs and of
     modules' outputs: layouts with cp or sp then read and make their part of it, instead of all.
     Redistributions between nodes of ``ranks_per_node`` ranks cross with each byte once.
-    ``reductions`` overrides how a module's gradients are reduced over its dp axis. ``rows`` gives, of
-    modules of a MimoModel whose items (images, clips) make different numbers of rows, a function
+    ``reductions`` overrides how a module's gradients are reduced over its dp axis. ``rows`` gives,
+    of modules of a MimoModel whose items (images, clips) make different numbers of rows, a function
     from one microbatch's inputs to the rows of each item.
+
+    ``schedule`` orders the work of ``forward_backward``: "three_phase" encodes the whole step
+    first; "lookahead=2", at pp = 1, encodes 2 microbatches at a time, which bounds the memory of
+    the encoders' activations.
 
     Collective. Without an initialised torch.distributed the program can be printed, not run.
 
@@ -70,11 +75,10 @@ def compile(
     dims: dict[str, int] = {}
     lengths: dict[str, int] = {}
     means: dict[str, Reduction] = {}
+    order = Schedule()
     try:
         dims, lengths = dict(batch_dims or {}), dict(sequence_dims or {})
         means = dict(reductions or {})
-        if schedule != "three_phase":
-            raise LayoutError(f"schedule {schedule!r} is not known: write schedule='three_phase'")
         plain = {name: as_layout(name, layout) for name, layout in layouts.items()}
         check_world(plain, dist.get_world_size() if dist.is_initialized() else None)
         _check_groups(groups, plain)
@@ -82,17 +86,18 @@ def compile(
         options = {"batch_dims": dims, "sequence_dims": lengths, "ranks_per_node": ranks_per_node}
         graph = _build(model, plain, example_inputs, means, options)
         _check_rows(graph, rows or {})
+        order = Schedule.parse(schedule, (graph.sink, plain[graph.sink]))
         found = graph, _specialized(graph)
     except Exception as problem:  # noqa: BLE001 - agreed on below, then raised on every rank
         error = problem
     text = (
         ""
         if found is None
-        else f"{_digest(found[0])}, groups {groups is not None}, {dims}, {lengths}, {means}"
+        else f"{_digest(found[0])}, groups {groups is not None}, {dims}, {lengths}, {means}, {order}"
     )
     agree_on("the compiled program", text, error)
     assert found is not None
-    return Program(model, *found, groups, dims, timeout, rows=rows)
+    return Program(model, *found, groups, dims, timeout, order, rows=rows)
 
 
 def _check_groups(groups: ProcessGroups | None, layouts: dict[str, Layout]) -> None:

@@ -32,7 +32,7 @@ from colocc.runtime.groups import (
 from colocc.runtime.ragged import RowsPerItem
 from colocc.runtime.redistribution import Groups, Redistribution, tensor_dims
 from colocc.runtime.rows import RowRedistribution, counted, rows_held
-from colocc.runtime.schedule import three_phase
+from colocc.runtime.schedule import Schedule, run_step
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
@@ -54,11 +54,13 @@ class Program:
         groups: ProcessGroups | None,
         batch_dims: dict[str, int],
         timeout: timedelta,
+        schedule: Schedule,
         *,
         rows: Mapping[str, RowsPerItem] | None = None,
     ) -> None:
         self._rows_per_item = dict(rows or {})
         self.model, self.graph, self.batch_dims = model, graph, batch_dims
+        self.schedule = schedule
         self.rank = dist.get_rank() if dist.is_initialized() else None
         self.groups, self._owns_groups = groups, False
         self._optional = megatron.optional_inputs(model)
@@ -132,7 +134,8 @@ class Program:
     ) -> dict[str, list[tuple[int, int]]]:
         """For each module, the (microbatch, sample) pairs that ``rank`` reads, in order.
 
-        ``batch_size`` is the samples of one global microbatch.
+        ``batch_size`` is the samples of one global microbatch. What an encoder reads depends on
+        the schedule: it cuts the microbatches that are encoded at once.
         """
         who = self.rank if rank is None else rank
         if who is None:
@@ -140,9 +143,10 @@ class Program:
         dp = self.graph.layouts[self.graph.sink].dp
         return {
             name: [
-                (microbatch, sample)
+                (chunk.start + microbatch, sample)
+                for chunk in self.schedule.chunks(num_microbatches)
                 for microbatch, start, stop in sample_runs(
-                    holding_of(self.graph, name), dp, num_microbatches, batch_size, who
+                    holding_of(self.graph, name), dp, len(chunk), batch_size, who
                 )
                 for sample in range(start, stop)
             ]
@@ -150,8 +154,7 @@ class Program:
         }
 
     def encode(self, batches: Batches) -> list[Any]:
-        """Phase 1: the values that cross to the language phase, for the samples of the whole
-        step."""
+        """The values that cross to the language phase, for the samples of all of ``batches``."""
         values = {
             node: batches.encoder_input(node)
             for node in self._mine.placeholders()
@@ -227,18 +230,21 @@ class Program:
         nothing would reduce.
         """
         found, error, length = None, None, 0
+        chunks: list[Batches] = []
         try:
             self._check_trainable(forward_only)
             taken = self._take(batches, num_microbatches)
-            found = self._prepare(taken)
+            chunks = self._chunks(taken)
+            found = chunks[0] if len(chunks) == 1 else self._prepare(taken)
             length = seq_length or taken[0]["input_ids"].shape[1]
         except Exception as problem:  # noqa: BLE001 - agreed on, then raised on every rank
             error = problem
         self._agree_once(found, error)
         assert found is not None
-        return three_phase(
+        return run_step(
             self,
             found,
+            chunks,
             loss_func,
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
@@ -283,6 +289,18 @@ class Program:
         assert found is not None
         return found
 
+    def _chunks(self, microbatches: list[Mapping[str, Any]]) -> list[Batches]:
+        """The batches that the schedule encodes at once."""
+        try:
+            return [
+                self._prepare([microbatches[index] for index in chunk])
+                for chunk in self.schedule.chunks(len(microbatches))
+            ]
+        except LayoutError as problem:
+            if self.schedule.at_once is None:
+                raise
+            raise LayoutError(f"schedule {self.schedule}: {problem}") from problem
+
     def _prepare(self, microbatches: list[Mapping[str, Any]]) -> Batches:
         if self.rank is None:
             raise LayoutError(
@@ -317,6 +335,10 @@ class Program:
         layouts."""
         modules = {n: self.model.get_submodule(path) for n, path in self.graph.targets.items()}
         return {n: m for n, m in modules.items() if any(p.requires_grad for p in m.parameters())}
+
+    def trainable_encoders(self) -> list[nn.Module]:
+        """The trainable modules that feed the sink."""
+        return [m for name, m in self.trainable().items() if name != self.graph.sink]
 
     @property
     def sink_module(self) -> nn.Module:

@@ -44,7 +44,8 @@ _rng_log = logging.getLogger("megatron.core.tensor_parallel.random")
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Creates on the CPU what is asked for on cuda, and names CPU tensors as cuda ones."""
+    """Creates on the CPU, unpinned, what is asked for on cuda, and names CPU tensors as cuda
+    ones."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -54,6 +55,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         result = func(*args, **kwargs)

@@ -284,6 +284,12 @@ def is_ddp(module: nn.Module) -> bool:
     return hasattr(module, "finish_grad_sync") and hasattr(module, "scale_gradients")
 
 
+def no_sync(module: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside, backward adds to the gradients that DDP holds, and reduces none of them."""
+    held: contextlib.AbstractContextManager[None] = module.no_sync()
+    return held
+
+
 class Stage(nn.Module):
     """This rank's part of the pipelined module as Megatron's schedules want it.
 

@@ -1,9 +1,13 @@
-"""Three phases of a training step: encode, language pipeline, encode backward.
+"""A training step: encode, language pipeline, encode backward, finalise.
 
-1. Encode the samples of the whole step and redistribute; cut the result into microbatches, each a
-   leaf of its own.
+1. Encode the samples of a chunk of microbatches and redistribute; cut the result into microbatches,
+   each a leaf of its own.
 2. Megatron's schedule (1F1B, or none at pp = 1) over the language module, which reads the leaves.
-3. Return the leaves' gradients through the redistributions and the encoders; then finalise.
+3. Return the leaves' gradients through the redistributions and the encoders.
+
+With ``three_phase`` the chunk is the whole step. With ``lookahead=k``, at pp = 1, it is k
+microbatches: 3 of a chunk and 1 of the next come between two microbatches of 2, so that no more
+than k microbatches' encoder activations are alive. Gradients are finalised once, at the end.
 
 Source: the schedule of NVIDIA/Megatron-LM pull request 4784; pairing is by sample here, not by
 position.
@@ -11,14 +15,17 @@ position.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from colocc.errors import LayoutError
+from colocc.layout import Layout
 from colocc.passes.graph import first_type
 from colocc.runtime import megatron
 from colocc.runtime.data import Batches
@@ -26,6 +33,47 @@ from colocc.runtime.gradients import finalize
 
 if TYPE_CHECKING:
     from colocc.program import Program
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order of a step's work; ``at_once`` microbatches are encoded together, None: all."""
+
+    kind: Literal["three_phase", "lookahead"] = "three_phase"
+    at_once: int | None = None
+
+    @classmethod
+    def parse(cls, text: str, sink: tuple[str, Layout]) -> Schedule:
+        """The schedule that ``text`` names, for the module and layout ``sink``.
+
+        Raises: LayoutError for a text that names none, or one that the sink's layout forbids.
+        """
+        if text == "three_phase":
+            return cls()
+        name, _, number = text.partition("=")
+        if name != "lookahead" or not number.isdecimal() or int(number) < 1:
+            raise LayoutError(
+                f"schedule {text!r} is not known: write schedule='three_phase', or 'lookahead=2' "
+                "to encode 2 microbatches at a time"
+            )
+        module, layout = sink
+        if layout.pp > 1:
+            raise LayoutError(
+                f"schedule {text!r} encodes between microbatches, where all ranks are at the same "
+                f"one; the stages of {module} ({layout}) are not: pp{layout.pp}. "
+                "Write schedule='three_phase', or pp1."
+            )
+        return cls("lookahead", int(number))
+
+    def chunks(self, microbatches: int) -> list[range]:
+        """The microbatches that are encoded together."""
+        size = self.at_once or microbatches
+        return [
+            range(start, min(start + size, microbatches)) for start in range(0, microbatches, size)
+        ]
+
+    def __str__(self) -> str:
+        return self.kind if self.at_once is None else f"{self.kind}={self.at_once}"
 
 
 @dataclass
@@ -65,7 +113,7 @@ class Encoded:
         return pytree.tree_map(part, value)
 
     def backward(self) -> None:
-        """Phase 3: from the leaves' gradients to the encoders' parameters, on every rank alike.
+        """From the leaves' gradients to the encoders' parameters, on every rank alike.
 
         A rank that read nothing returns zero rows, so that all ranks run the same collectives.
         """
@@ -77,7 +125,8 @@ class Encoded:
                 if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad or dim is None:
                     continue
                 tensors.append(tensor)
-                gradients.append(torch.cat([_grad_of(part[which]) for part in parts], dim=dim))
+                found = [_grad_of(part[which]) for part in parts]
+                gradients.append(torch.cat(found, dim=dim) if len(found) > 1 else found[0])
         self.leaves.clear()
         if tensors:
             torch.autograd.backward(tensors, gradients)
@@ -94,9 +143,51 @@ def _grad_of(leaf: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def three_phase(
+class Chunks:
+    """The encoders' side of a step: one chunk of microbatches is encoded at a time."""
+
+    def __init__(self, program: Program, chunks: list[Batches], *, train: bool) -> None:
+        self.program, self.train = program, train
+        self.todo = list(chunks)
+        self.encoded: Encoded | None = None
+        self.first = self.stop = 0
+
+    def leaves(self, microbatch: int) -> list[Any]:
+        """The leaves of ``microbatch``; the first of a chunk ends the one before."""
+        if microbatch >= self.stop:
+            self.turn()
+        assert self.encoded is not None
+        return self.encoded.leaves[microbatch - self.first]
+
+    def turn(self) -> None:
+        """Backward of the chunk at hand, which adds to the encoders' gradients; encode the next."""
+        self._backward(last=False)
+        batches = self.todo.pop(0)
+        encoded = Encoded(self.program.cut, [], self.program.row_counts(batches))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train):
+            encoded.whole = self.program.encode(batches)
+        count = len(batches.microbatches)
+        encoded.cut(count)
+        self.encoded, self.first, self.stop = encoded, self.stop, self.stop + count
+
+    def finish(self) -> None:
+        """Backward of the last chunk: only now is a gradient of an encoder complete."""
+        self._backward(last=True)
+
+    def _backward(self, *, last: bool) -> None:
+        encoded, self.encoded = self.encoded, None
+        if encoded is None or not self.train:
+            return
+        with contextlib.ExitStack() as stack:
+            for module in self.program.trainable_encoders() if not last else ():
+                stack.enter_context(megatron.no_sync(module))
+            encoded.backward()
+
+
+def run_step(
     program: Program,
     batches: Batches,
+    chunks: list[Batches],
     loss_func: Callable[..., Any] | None,
     *,
     forward_only: bool,
@@ -104,12 +195,12 @@ def three_phase(
     force_all_reduce: bool,
     seq_length: int,
 ) -> list[Any]:
-    """Run one step; return what Megatron's schedule returns on this rank."""
+    """Run one step over ``batches``, encoding ``chunks`` of them at a time; return what Megatron's
+    schedule returns on this rank."""
     count = len(batches.microbatches)
-    encoded = Encoded(program.cut, [], program.row_counts(batches))
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
-        encoded.whole = program.encode(batches)
-    encoded.cut(count)
+    encoders = Chunks(program, chunks, train=not forward_only)
+    # Before the schedule: in there, the stages of a pipeline are not at the same microbatch.
+    encoders.turn()
     tokens: list[torch.Tensor | None] = []
 
     def collect(model: Any, num_tokens: torch.Tensor | None, **unused: Any) -> None:
@@ -117,7 +208,7 @@ def three_phase(
 
     def forward_step(indices: Iterator[int], model: Any) -> tuple[Any, Callable[..., Any] | None]:
         index = next(indices)
-        return program.language(batches, index, encoded.leaves[index]), loss_func
+        return program.language(batches, index, encoders.leaves(index)), loss_func
 
     results = megatron.run_schedule(
         megatron.Stage(program.sink_module, collect),
@@ -132,6 +223,6 @@ def three_phase(
         indices=iter(range(count)),
     )
     if not forward_only:
-        encoded.backward()
+        encoders.finish()
         finalize(program, tokens[0], force_all_reduce=force_all_reduce)
     return results

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ def config_of(layout: Layout, layers: int, hidden: int, **options: Any) -> Trans
         num_attention_heads=HEADS,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
         params_dtype=dtype,
@@ -99,14 +101,21 @@ def build(
     sequence_parallel: bool = False,
     frozen: tuple[str, ...] = (),
     distributed_optimizer: bool = False,
+    overlap: bool = False,
     wrap: bool = True,
+    length: int = LENGTH,
     seed: int = 0,
 ) -> MimoModel:
-    """The model on this rank, seeded alike for every layout; trainable modules in Megatron's
-    DDP."""
+    """The model on this rank, seeded alike for every layout; trainable modules in Megatron's DDP.
+
+    An encoder whose layout has cp computes whole items on each cp rank, as MimoModel feeds it.
+    """
     language, pg = layouts["language"], groups["language"]
     per = {"calculate_per_token_loss": per_token}
-    configs = {n: config_of(at, 2, ENCODER_HIDDEN, **per) for n, at in layouts.items()}
+    configs = {
+        name: config_of(replace(layout, cp=1, ep=1), 2, ENCODER_HIDDEN, **per)
+        for name, layout in layouts.items()
+    }
     configs["language"] = config_of(language, 4, HIDDEN, sequence_parallel=sequence_parallel, **per)
     if sequence_parallel:
         model_parallel_cuda_manual_seed(seed, tp_rank=pg.tp.rank(), ep_rank=0, etp_rank=0)
@@ -132,7 +141,7 @@ def build(
         if sequence_parallel
         else layer_spec(AttnMaskType.causal),
         "vocab_size": VOCABULARY,
-        "max_sequence_length": LENGTH,
+        "max_sequence_length": length,
         "pre_process": pg.pp.rank() == 0,
         "post_process": pg.pp.rank() == pg.pp.size() - 1,
         "share_embeddings_and_output_weights": tied,
@@ -148,6 +157,7 @@ def build(
                 modality_submodules_spec=specs,
                 special_token_ids={n: VOCABULARY - 1 - i for i, n in enumerate(names)},
             ),
+            cp_group=pg.cp,
             tp_group=pg.tp,
         )
     modules = {name: model.modality_submodules[name] for name in names}
@@ -158,7 +168,9 @@ def build(
             continue
         ddp = DistributedDataParallel(
             configs[name],
-            DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=overlap
+            ),
             module,
             pg_collection=groups[name],
         )
@@ -169,7 +181,9 @@ def build(
     return model
 
 
-def batch(size: int, names: tuple[str, ...] = ("images",), seed: int = 0) -> dict[str, Any]:
+def batch(
+    size: int, names: tuple[str, ...] = ("images",), seed: int = 0, length: int = LENGTH
+) -> dict[str, Any]:
     """One global microbatch: ROWS placeholders per encoder and sample, an uneven loss mask."""
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.get_default_dtype()
@@ -178,16 +192,16 @@ def batch(size: int, names: tuple[str, ...] = ("images",), seed: int = 0) -> dic
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     def tokens() -> torch.Tensor:
-        return torch.randint(0, VOCABULARY - 8, (size, LENGTH), generator=generator)
+        return torch.randint(0, VOCABULARY - 8, (size, length), generator=generator)
 
     ids = tokens()
     for index, _ in enumerate(names):
         ids[:, 1 + index * (ROWS + 1) : 1 + index * (ROWS + 1) + ROWS] = VOCABULARY - 1 - index
     return {
         "input_ids": ids,
-        "position_ids": torch.arange(LENGTH).expand(size, -1).contiguous(),
+        "position_ids": torch.arange(length).expand(size, -1).contiguous(),
         "labels": tokens(),
-        "loss_mask": (random(size, LENGTH) > 0.3).to(dtype),
+        "loss_mask": (random(size, length) > 0.3).to(dtype),
         "modality_inputs": {name: {"vit": {"x": random(size, ROWS, FEATURES)}} for name in names},
     }
 

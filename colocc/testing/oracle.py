@@ -9,14 +9,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from colocc.runtime.context_parallel import join, shard
 from colocc.runtime.megatron import unwrapped
 from colocc.testing.names import full_gradients, global_names, gradient_of
 
 if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     from colocc.program import Program
 
 
@@ -81,13 +85,16 @@ def oracle(
     loss_func: Callable[[Any], Any],
     *,
     replicas: int,
+    cp: int = 1,
     per_token: bool = True,
 ) -> Run:
     """Run ``model``, whole on one rank and not compiled, over ``batches``; gradients are in
     ``grad``.
 
-    ``replicas`` is the language module's dp: with mean losses each replica's mean counts alike, so
-    the batch is cut as it would be. ``loss_func`` is the one that forward_backward gets.
+    ``replicas`` and ``cp`` are the language module's dp and cp: with mean losses each replica's
+    mean counts alike, and so does the mean of each of its cp ranks over the tokens there; the batch
+    and the model's output [b, s] are cut as they would be. ``loss_func`` is the one that
+    forward_backward gets.
     """
     run, total, tokens = Run(loss=0.0), 0.0, 0
     seen: list[torch.Tensor] = []
@@ -99,11 +106,14 @@ def oracle(
     ]
     with watch_input(model.language_model, seen):
         for _, _, batch in cuts:
-            loss, count, _ = loss_func(model(**batch))
-            if not per_token:
-                loss = loss / max(int(count), 1) / len(cuts)
+            losses = []
+            for part in _parts(model(**batch), cp):
+                loss, count, _ = loss_func(part)
+                losses.append(loss if per_token else loss / max(int(count), 1) / (len(cuts) * cp))
+                tokens += int(count)
+            loss = torch.stack(losses).sum()
             loss.backward()
-            total, tokens = total + float(loss), tokens + int(count)
+            total += float(loss.detach())
     divisor = max(tokens, 1) if per_token else 1
     run.loss = total / divisor
     run.inputs = {(i, r): value for (i, r, _), value in zip(cuts, seen, strict=True)}
@@ -128,6 +138,15 @@ def _cut(batch: Mapping[str, Any], replica: int, replicas: int) -> dict[str, Any
     return {key: pytree.tree_map(narrow, value) for key, value in batch.items()}
 
 
+def _parts(output: Any, cp: int) -> list[Any]:
+    """What the loss function of each cp rank gets of the model's output."""
+    if cp == 1:
+        return [output]
+    values, spec = pytree.tree_flatten(output)
+    cuts = [[shard(value, 1, rank, cp) for value in values] for rank in range(cp)]
+    return [pytree.tree_unflatten(cut, spec) for cut in cuts]
+
+
 def observed(
     program: Program,
     losses: Sequence[tuple[float, int]],
@@ -135,20 +154,42 @@ def observed(
     *,
     microbatches: int,
 ) -> Run:
-    """What this rank saw of a step: its share of the loss, of the inputs, and its stage's
-    gradients.
+    """What this rank saw of a step: its share of the loss, its replica's inputs, and its stage's
+    gradients, whole.
 
     ``losses`` are (sum, tokens) by microbatch, empty off the last stage. Collective, over each
-    module's tp groups.
+    module's tp groups and the language module's cp groups.
     """
     assert program.groups is not None and program.rank is not None
     replica = int(program.graph.layouts[program.graph.sink].coordinates("dp")[program.rank])
+    sink = program.graph.sink
+    wholes = [
+        _whole_input(value, program.sink_module, program.groups[sink])
+        for value in inputs[:microbatches]
+    ]
     modules = program.trainable()
     return Run(
         loss=sum(loss for loss, _ in losses) if losses else None,
-        inputs={(i, replica): value for i, value in enumerate(inputs[:microbatches])},
+        inputs={(i, replica): value for i, value in enumerate(wholes)},
         gradients=full_gradients(modules, program.groups),
     )
+
+
+def _whole_input(
+    value: torch.Tensor, module: nn.Module, collection: ProcessGroupCollection
+) -> torch.Tensor:
+    """The language module's input for the whole sequence, [s, b, h], from this rank's part;
+    collective over the groups that share the sequence."""
+    if getattr(unwrapped(module).config, "sequence_parallel", False):
+        value = torch.cat(_of_all(value, collection.tp))
+    return join(_of_all(value, collection.cp), 0) if collection.cp.size() > 1 else value
+
+
+def _of_all(part: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """``part`` of every rank of ``group``."""
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return parts
 
 
 def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -1,12 +1,19 @@
 import math
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from colocc import LayoutError
 from colocc.runtime import cpu
 from colocc.runtime.attention import SdpaAttention
+from colocc.runtime.context_parallel import join, shard
+from tests.harness import run_threads
 
 HEADS, WIDTH, BATCH = 4, 8, 2
 
@@ -140,3 +147,110 @@ def test_refusals() -> None:
         module(*tensors, packed_seq_params=object())
     with pytest.raises(NotImplementedError, match="apply_query_key_layer_scaling=False"):
         attention(AttnMaskType.causal, apply_query_key_layer_scaling=True)
+
+
+# ---------------------------------------------------------------- context parallelism
+
+
+def attention_on_rank(
+    rank: int, size: int, kind: AttnMaskType, wholes: list[torch.Tensor], zigzag: bool
+) -> list[torch.Tensor]:
+    """The output and the gradients of this rank's part of ``wholes``, from ``size`` ranks."""
+    options = config(context_parallel_size=size)
+    module = SdpaAttention(options, 1, kind, "self", pg_collection=world(), zigzag=zigzag)
+    parts = [
+        shard(whole.detach(), 0, rank, size, zigzag=zigzag).requires_grad_() for whole in wholes
+    ]
+    out = module(*parts)
+    return [out.detach(), *torch.autograd.grad((out * weight(out.shape, rank)).sum(), parts)]
+
+
+def world() -> Any:
+    return SimpleNamespace(cp=dist.group.WORLD)
+
+
+def weight(shape: torch.Size, rank: int) -> torch.Tensor:
+    return (torch.arange(shape.numel(), dtype=torch.float64) + rank).sin().view(shape)
+
+
+@pytest.mark.parametrize("kind", [AttnMaskType.causal, AttnMaskType.no_mask])
+@pytest.mark.parametrize("zigzag", [True, False])
+@pytest.mark.parametrize(("size", "groups"), [(2, 1), (2, 4), (3, 2), (4, 2)])
+def test_context_parallel(size: int, groups: int, zigzag: bool, kind: AttnMaskType) -> None:
+    length = 4 * size
+    wholes = inputs(length, length, groups)
+    ranks = run_threads(
+        size, partial(attention_on_rank, size=size, kind=kind, wholes=wholes, zigzag=zigzag)
+    )
+    hidden = future(length, length) if kind is AttnMaskType.causal else None
+    expected = reference(wholes, hidden)
+    shape = ranks[0][0].shape
+    weights = join([weight(shape, rank) for rank in range(size)], 0, zigzag=zigzag)
+    wanted = [expected, *torch.autograd.grad((expected * weights).sum(), wholes)]
+    for parts, whole in zip(zip(*ranks, strict=True), wanted, strict=True):
+        found = join(parts, 0, zigzag=zigzag)
+        torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_context_parallel_in_other_dtypes(dtype: torch.dtype, tolerance: float) -> None:
+    wholes = inputs(16, 16, 2)
+    narrow = [whole.to(dtype) for whole in wholes]
+    causal = AttnMaskType.causal
+
+    def on_rank(rank: int) -> list[torch.Tensor]:
+        return attention_on_rank(rank, 2, causal, narrow, zigzag=True)
+
+    ranks = run_threads(2, on_rank)
+    assert all(tensor.dtype == dtype for tensor in ranks[0])
+    expected = reference(wholes, future(16, 16))
+    weights = join([weight(ranks[0][0].shape, rank) for rank in range(2)], 0)
+    wanted = [expected, *torch.autograd.grad((expected * weights).sum(), wholes)]
+    for parts, whole in zip(zip(*ranks, strict=True), wanted, strict=True):
+        error = (join(parts, 0).double() - whole).norm() / whole.norm()
+        assert error < tolerance
+
+
+def test_context_parallel_cross_attention_sees_all_keys() -> None:
+    wholes = inputs(8, 12, 2)
+    work = partial(attention_on_rank, size=2, kind=AttnMaskType.no_mask, wholes=wholes, zigzag=True)
+    out = join([parts[0] for parts in run_threads(2, work)], 0)
+    torch.testing.assert_close(out, reference(wholes, None), rtol=1e-12, atol=1e-12)
+
+
+def test_context_parallel_refusals() -> None:
+    def on_rank(_: int) -> list[str]:
+        options = config(context_parallel_size=2)
+        module = SdpaAttention(options, 1, AttnMaskType.causal, "self", pg_collection=world())
+        found = []
+        query, key, value = inputs(4, 4, 4)
+        for error, arguments in (
+            (NotImplementedError, (query, key, value, padding(4))),
+            (LayoutError, (query[:2], key, value)),
+            (LayoutError, (query[:3], key[:3], value[:3])),
+        ):
+            with pytest.raises(error) as caught:
+                module(*arguments)
+            found.append(str(caught.value))
+        return found
+
+    first, second = run_threads(2, on_rank)
+    assert first == second
+    assert "takes no attention_mask under context parallelism" in first[0]
+    assert "causal attention on cp2 of 2 queries to 4 keys" in first[1]
+    assert "6 % 4 = 2. Make it a multiple of 4" in first[2]
+
+
+def test_the_cp_group_is_the_config_s_size() -> None:
+    def on_rank(_: int) -> None:
+        message = r"context_parallel_size is 4, and pg_collection.cp has 2 ranks"
+        with pytest.raises(LayoutError, match=message):
+            SdpaAttention(
+                config(context_parallel_size=4),
+                1,
+                AttnMaskType.causal,
+                "self",
+                pg_collection=world(),
+            )
+
+    run_threads(2, on_rank)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import colocc
-from colocc import Layout
+from colocc import Layout, LayoutError
 from colocc.runtime import cpu
+from colocc.runtime.schedule import Schedule
 from colocc.testing import (
     MUTATIONS,
     Run,
@@ -91,6 +92,7 @@ def steps_on_rank(
     options: dict[str, Any],
     mutation: str | None = None,
     double: bool = False,
+    schedule: str = "three_phase",
 ) -> list[Run]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(cpu.ranks())
@@ -98,7 +100,9 @@ def steps_on_rank(
             stack.enter_context(float64())
         groups = stack.enter_context(colocc.process_groups(layouts))
         model = mimo.build(groups, layouts, **options)
-        program = stack.enter_context(colocc.compile(model, layouts, groups=groups))
+        program = stack.enter_context(
+            colocc.compile(model, layouts, groups=groups, schedule=schedule)
+        )
         if mutation is not None:
             stack.enter_context(mutated(program, mutation))
         runs = []
@@ -156,6 +160,7 @@ def check(
     mutation: str | None = None,
     double: bool = False,
     tolerance: float = 1e-5,
+    schedule: str = "three_phase",
     **options: Any,
 ) -> None:
     """Run the layouts and compare every rank with the oracle; raises AssertionError where they
@@ -167,10 +172,14 @@ def check(
         options=options,
         mutation=mutation,
         double=double,
+        schedule=schedule,
     )
     ranks = pool.run(layouts["language"].size, work)
     wanted = reference.get(
-        counts, layouts["language"].dp, encoders(layouts), tuple(sorted(options.items()))
+        counts,
+        layouts["language"].dp,
+        encoders(layouts),
+        tuple(sorted((name, value) for name, value in options.items() if name != "overlap")),
     )
     for index, (count, run) in enumerate(zip(counts, wanted, strict=True)):
         seen = [rank[index] for rank in ranks]
@@ -210,6 +219,117 @@ def test_layouts_equal_the_oracle(
     pp = language[1]
     counts = tuple(sorted({1, pp, pp + 1, 6}))
     check(processes, reference, layouts_of(encoder, language, order), counts)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("encoder", "language"), [t for t in TUPLES if t[1][1] == 1])
+@pytest.mark.parametrize("schedule", ["lookahead=1", "lookahead=2"])
+def test_lookahead_equals_the_oracle(
+    processes: ProcessPool,
+    reference: Oracle,
+    encoder: tuple[int, int],
+    language: tuple[int, int, int],
+    order: str,
+    schedule: str,
+) -> None:
+    layouts = layouts_of(encoder, language, order)
+    check(processes, reference, layouts, (1, 4, 5), schedule=schedule)
+
+
+def test_lookahead_of_the_whole_step_is_three_phase(processes: ProcessPool) -> None:
+    layouts = layouts_of((2, 4), (4, 1, 2), ORDERS[0])
+    work = partial(steps_on_rank, layouts=layouts, counts=(3,), options={})
+    phases, ahead = (
+        processes.run(8, partial(work, schedule=how)) for how in ("three_phase", "lookahead=7")
+    )
+    for one, other in zip(phases, ahead, strict=True):
+        assert one[0].loss == other[0].loss
+        for name, gradient in one[0].gradients.items():
+            assert torch.equal(other[0].gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("schedule", ["three_phase", "lookahead=2"])
+@pytest.mark.parametrize("encoder", [(2, 4), (4, 2)])
+def test_reductions_that_overlap_backward(
+    processes: ProcessPool, reference: Oracle, encoder: tuple[int, int], schedule: str
+) -> None:
+    # From the second step on, Megatron reduces inside backward, once a bucket has as many gradients
+    # as in the first: so a chunk that is not the last must not count, and the chunks vary.
+    layouts = layouts_of(encoder, (2, 1, 4), ORDERS[0])
+    check(processes, reference, layouts, (5, 3, 5), schedule=schedule, overlap=True)
+
+
+def held_on_rank(_: int, layouts: dict[str, Layout], schedule: str) -> list[tuple[int, int]]:
+    """After each encoder call of a step of 5 microbatches: how many calls ran, how many await
+    backward."""
+    seen, calls, done = [], 0, 0
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts)
+        with colocc.compile(model, layouts, groups=groups, schedule=schedule) as program:
+            encoder: Any = model.modality_submodules["images"]
+
+            def entered(*unused: Any) -> None:
+                nonlocal calls
+                calls += 1
+                seen.append((calls, calls - done))
+
+            def left(*unused: Any) -> None:
+                nonlocal done
+                done += 1
+
+            encoder.register_forward_hook(entered)
+            encoder.module.encoders["vit"].outward.register_full_backward_hook(left)
+            program.forward_backward(
+                batches(5), num_microbatches=5, loss_func=mimo.loss_func, force_all_reduce=True
+            )
+    assert calls == done
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("schedule", "calls"), [("three_phase", 1), ("lookahead=1", 5), ("lookahead=2", 3)]
+)
+def test_one_chunk_of_activations_is_alive(
+    processes: ProcessPool, schedule: str, calls: int
+) -> None:
+    layouts = layouts_of((1, 2), (2, 1, 1), ORDERS[0])
+    seen = processes.run(2, partial(held_on_rank, layouts=layouts, schedule=schedule))
+    assert seen == [[(call, 1) for call in range(1, calls + 1)]] * 2
+
+
+def refused_on_rank(_: int, layouts: dict[str, Layout], schedule: str, count: int) -> str:
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts)
+        try:
+            with colocc.compile(model, layouts, groups=groups, schedule=schedule) as program:
+                program.forward_backward(
+                    [mimo.batch(6)] * count, num_microbatches=count, loss_func=mimo.loss_func
+                )
+        except LayoutError as error:
+            return str(error)
+    return "not refused"
+
+
+def test_lookahead_is_refused_where_stages_are_apart(processes: ProcessPool) -> None:
+    layouts = layouts_of((1, 4), (2, 2, 1), ORDERS[0])
+    work = partial(refused_on_rank, layouts=layouts, schedule="lookahead=2", count=2)
+    for text in processes.run(4, work):
+        assert "'lookahead=2'" in text and "language (tp2 pp2 dp1)" in text
+        assert text.endswith("Write schedule='three_phase', or pp1.")
+
+
+def test_a_chunk_that_cannot_be_cut_is_refused(processes: ProcessPool) -> None:
+    # Two microbatches of six divide by four, the third one alone does not.
+    layouts = layouts_of((1, 4), (4, 1, 1), ORDERS[0])
+    work = partial(refused_on_rank, layouts=layouts, schedule="lookahead=2", count=3)
+    for text in processes.run(4, work):
+        assert text.startswith("schedule lookahead=2: a step of 1 microbatches of 6 = 6 samples")
+
+
+@pytest.mark.parametrize("text", ["fast", "lookahead", "lookahead=0", "lookahead=x", "three"])
+def test_unknown_schedules(text: str) -> None:
+    with pytest.raises(LayoutError, match="write schedule='three_phase', or 'lookahead=2'"):
+        Schedule.parse(text, ("language", Layout()))
 
 
 @pytest.mark.parametrize("order", ORDERS)

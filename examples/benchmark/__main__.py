@@ -1,0 +1,129 @@
+"""The command: runs sets of cases on all ranks, and writes results.json, results.md, steps.png.
+
+A rank that runs out of memory takes its peers down with it, so the ranks are processes apart: the
+arm that failed is noted, and the rest of its case runs again without it.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.benchmark import report
+from examples.benchmark.cases import SETS, Case
+
+# One hardware queue, as Megatron wants it to overlap communication; segments that can grow.
+SETTINGS = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+Failed = dict[str, dict[str, str]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    cases = [case for name in options.sets for case in SETS[name]]
+    if options.arms:
+        cases = [replace(case, arms=tuple(options.arms)) for case in cases]
+    if options.cases:
+        cases = [cases[index] for index in options.cases]
+    results = measure(cases, options)
+    (options.out / "results.json").write_text(json.dumps(results, indent=1))
+    (options.out / "results.md").write_text(report.markdown(results))
+    report.plot(results, options.out / "steps.png")
+    sys.stdout.write(report.markdown(results))
+    tolerance = 2e-2 if torch.cuda.is_available() else 1e-5
+    problems = [line for result in results for line in report.differing(result, tolerance)]
+    for line in problems:
+        sys.stderr.write(line + "\n")
+    return 1 if problems else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.benchmark", description=__doc__)
+    parser.add_argument("sets", nargs="+", choices=list(SETS))
+    parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
+    parser.add_argument("--cases", type=int, nargs="*", help="only these, by place in the sets")
+    parser.add_argument("--arms", nargs="*", help="instead of those of the cases")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--overlap", action="store_true", help="DDP's overlap_grad_reduce")
+    parser.add_argument("--profile", action="store_true", help="a step of each arm, profiled")
+    parser.add_argument("--eager", action="store_true", help="init_process_group(device_id=...)")
+    return parser.parse_args(arguments)
+
+
+def measure(cases: list[Case], options: argparse.Namespace) -> list[report.Result]:
+    """The results of ``cases``, in their order, with what failed among their arms."""
+    lines = options.out / "results.jsonl"
+    lines.unlink(missing_ok=True)
+    done: list[report.Result] = []
+    failed: list[Failed] = [{} for _ in cases]
+    todo = list(cases)
+    while todo:
+        reason = run(todo, options)
+        found = (
+            [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+        )
+        for result in found[len(done) :]:
+            result["arms"] |= failed[len(done)]
+            done.append(result)
+            todo.pop(0)
+        if reason is None:
+            break
+        arm = (options.out / "arm.txt").read_text() if (options.out / "arm.txt").exists() else ""
+        sys.stderr.write(f"{todo[0]}: {arm}: {reason}\n")
+        if arm not in todo[0].arms:
+            raise RuntimeError(f"the ranks failed before any arm ran: {reason}")
+        failed[len(done)][arm] = {"failed": reason}
+        left = tuple(name for name in todo[0].arms if name != arm)
+        todo[0] = replace(todo[0], arms=left)
+        if not left:
+            raise RuntimeError(f"{todo[0]}: every arm failed, the last one with {reason}")
+    return done
+
+
+def run(cases: list[Case], options: argparse.Namespace) -> str | None:
+    """Run the ranks over ``cases``; return what ended them early, None if nothing did."""
+    plan: dict[str, Any] = {
+        "cases": [case.to_json() for case in cases],
+        "steps": options.steps,
+        "warmup": options.warmup,
+        "overlap": options.overlap,
+        "eager": options.eager,
+        "profile": options.profile,
+    }
+    path = options.out / "plan.json"
+    path.write_text(json.dumps(plan))
+    (options.out / "arm.txt").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={options.ranks}", "-m", "examples.benchmark.worker", str(path)]
+    log = options.out / "ranks.log"
+    with log.open("w") as file:
+        code = subprocess.run(
+            command, stdout=file, stderr=file, check=False, env=SETTINGS | os.environ
+        ).returncode
+    return None if code == 0 else reason_of(log.read_text(), code)
+
+
+def reason_of(text: str, code: int) -> str:
+    """Why ranks that wrote ``text`` ended: the error that is not about a peer's end."""
+    if "OutOfMemoryError" in text:
+        return "out of memory"
+    errors = [line for line in text.splitlines() if re.search(r"\b\w+(Error|Exception): ", line)]
+    own = [line for line in errors if "closed by peer" not in line and "ChildFailed" not in line]
+    found = (own or errors or [f"exit code {code}"])[0]
+    return found.strip()[:200]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

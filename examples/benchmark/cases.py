@@ -1,0 +1,158 @@
+"""What is measured: models, cases and arms, and the arithmetic of a step.
+
+Arms:
+    megatron           megatron-core's MimoModel with its ColocatedBridgeCommunicator, pp1
+    three_phase        colocc, and so for every schedule that compile() knows: lookahead=2 ...
+    language_only      the language module alone, fed with embeddings that are at hand
+    encoder_only=k     the encoder and the redistribution alone, k microbatches at once (all)
+    first_stage=n      the encoder inside the first pipeline stage, beside n of the language
+                       layers (the same number as on other stages), in Megatron's schedule
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from colocc import Layout
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of transformer layers with an MLP four times as wide."""
+
+    layers: int
+    hidden: int
+    heads: int
+
+    @property
+    def weights(self) -> int:
+        """The weights in matrices."""
+        return 12 * self.layers * self.hidden**2
+
+    def flops(self, samples: int, length: int) -> int:
+        """Forward and backward: 6 a weight and token, and 12 a layer, hidden unit and pair of
+        tokens for attention. A causal mask is not counted as half."""
+        attention = 12 * self.layers * self.hidden * length**2
+        return samples * (6 * self.weights * length + attention)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A ViT whose ``patches`` fill the first places of a GPT's sequence of ``length`` tokens."""
+
+    images: Tower
+    language: Tower
+    length: int = 2048
+    patches: int = 1024
+    features: int = 588
+    vocabulary: int = 32768
+
+    def image_flops(self, samples: int) -> int:
+        """The encoder's share of a step, with the projections into and out of it."""
+        ends = 6 * self.images.hidden * (self.features + self.language.hidden)
+        return self.images.flops(samples, self.patches) + samples * self.patches * ends
+
+    def language_flops(self, samples: int) -> int:
+        """The language model's share of a step, with its logits."""
+        logits = 6 * self.language.hidden * self.vocabulary * self.length
+        return self.language.flops(samples, self.length) + samples * logits
+
+    def layers_beside_the_encoder(self) -> int:
+        """The language layers on the first of two stages, with the encoder, for equal work."""
+        layer = self.language.flops(1, self.length) / self.language.layers
+        half = (self.image_flops(1) + self.language_flops(1)) / 2
+        return max(1, round((half - self.image_flops(1)) / layer))
+
+
+MODELS = {
+    "0.3B + 2.7B": Model(Tower(24, 1024, 16), Tower(32, 2560, 20)),
+    "2.0B + 1.3B": Model(Tower(40, 2048, 16), Tower(24, 2048, 16)),
+    "tiny": Model(
+        Tower(2, 32, 4), Tower(4, 32, 4), length=24, patches=8, features=12, vocabulary=96
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a pair of layouts, with ``batch`` samples a step in ``microbatches``."""
+
+    model: str
+    images: str
+    language: str
+    batch: int
+    microbatches: int
+    arms: tuple[str, ...]
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        return {"images": Layout.parse(self.images), "language": Layout.parse(self.language)}
+
+    @property
+    def sizes(self) -> Model:
+        return MODELS[self.model]
+
+    def flops(self, arm: str) -> int:
+        """The floating point operations of a step that ``arm`` must run, on all ranks together."""
+        images, language = (
+            self.sizes.image_flops(self.batch),
+            self.sizes.language_flops(self.batch),
+        )
+        if arm == "language_only":
+            return language
+        return images if arm.startswith("encoder_only") else images + language
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}, {self.images} -> {self.language}, {self.batch} in {self.microbatches}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Case":
+        return cls(**(found | {"arms": tuple(found["arms"])}))
+
+
+ALONE = ("language_only", "encoder_only")
+AHEAD = ("lookahead=1", "lookahead=2", "three_phase")
+PIPELINED = ("three_phase", *ALONE)
+SMALL, LARGE = "0.3B + 2.7B", "2.0B + 1.3B"
+
+
+def _pp1(model: str, images: str, language: str, batch: int = 16) -> Case:
+    return Case(model, images, language, batch, 4, ("megatron", *AHEAD, *ALONE))
+
+
+def _pp2(model: str, batch: int, microbatches: int) -> Case:
+    """With the encoder inside the first stage beside half of the layers, and balanced."""
+    sizes = MODELS[model]
+    counts = (sizes.language.layers // 2, sizes.layers_beside_the_encoder())
+    inside = tuple(f"first_stage={count}" for count in counts)
+    return Case(model, "tp1 dp2", "tp1 pp2", batch, microbatches, (*PIPELINED, *inside))
+
+
+SETS: dict[str, tuple[Case, ...]] = {
+    "tiny": (
+        Case("tiny", "tp1 dp2", "tp2", 8, 4, ("megatron", *AHEAD, *ALONE)),
+        Case("tiny", "tp1 dp2", "tp1 pp2", 8, 4, ("three_phase", *ALONE, "first_stage=1")),
+    ),
+    "pp1": (
+        _pp1(LARGE, "tp1 dp2", "tp2", batch=8),
+        _pp1(LARGE, "tp1 dp2", "tp2"),
+        _pp1(LARGE, "tp2", "tp2"),
+        _pp1(SMALL, "tp1 dp2", "tp2"),
+        _pp1(SMALL, "tp2", "tp2"),
+        _pp1(SMALL, "tp2", "tp1 dp2"),
+        _pp1(SMALL, "tp1 dp2", "tp1 dp2"),
+    ),
+    "pp2": (_pp2(LARGE, 8, 4), _pp2(LARGE, 8, 8), _pp2(SMALL, 8, 4), _pp2(SMALL, 16, 8)),
+    "memory": tuple(
+        Case(LARGE, images, language, 2 * count, count, arms)
+        for images, language, arms in (
+            ("tp1 dp2", "tp2", ("megatron", "lookahead=1", "three_phase")),
+            ("tp1 dp2", "tp1 pp2", ("three_phase",)),
+        )
+        for count in (4, 8, 16, 32)
+    ),
+}

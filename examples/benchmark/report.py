@@ -1,0 +1,164 @@
+"""Tables and a plot from what the ranks measured."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+from examples.benchmark.cases import Case
+
+mpl.use("Agg")
+from matplotlib import pyplot
+
+Result = dict[str, Any]
+
+
+def case_of(result: Result) -> Case:
+    return Case.from_json(result["case"])
+
+
+def median(result: Result, arm: str) -> float | None:
+    """The median step of ``arm`` in seconds, None where it did not run."""
+    found = result["arms"].get(arm, {})
+    return statistics.median(found["seconds"]) if "seconds" in found else None
+
+
+def ratio(result: Result, arm: str, base: str) -> tuple[float, float] | None:
+    """The median of step by step time ratios arm / base, and half of what the middle half spans."""
+    if median(result, arm) is None or median(result, base) is None:
+        return None
+    pairs = zip(result["arms"][arm]["seconds"], result["arms"][base]["seconds"], strict=True)
+    ratios = [one / other for one, other in pairs]
+    return statistics.median(ratios), _half_spread(ratios)
+
+
+def _half_spread(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return (third - first) / 2
+
+
+def ideal(result: Result) -> float | None:
+    """T*: the encoder beside the language module, hidden in the pipeline's bubbles where they
+    suffice.
+
+    With p stages and m microbatches the language module alone takes T_L, of which m / (m + p - 1)
+    is work: T* = max(T_L, T_L * m / (m + p - 1) + T_E).
+    """
+    language, encoder = median(result, "language_only"), _encoder(result)
+    if language is None or encoder is None:
+        return None
+    case = case_of(result)
+    stages, count = case.layouts["language"].pp, case.microbatches
+    return max(language, language * count / (count + stages - 1) + encoder)
+
+
+def _encoder(result: Result) -> float | None:
+    found = [median(result, arm) for arm in result["arms"] if arm.startswith("encoder_only")]
+    return min((seconds for seconds in found if seconds is not None), default=None)
+
+
+def differing(result: Result, tolerance: float) -> list[str]:
+    """What is wrong with the losses and gradient norms, which all arms must share."""
+    problems = []
+    for what in ("loss", "norm"):
+        seen = {
+            arm: found[what] for arm, found in result["arms"].items() if found.get(what) is not None
+        }
+        first = next(iter(seen.values()), 0.0)
+        # Written so that a NaN is a problem.
+        if not all(abs(value - first) <= tolerance * abs(first) for value in seen.values()):
+            problems.append(f"{case_of(result)}: {what} differs: {seen}")
+    return problems
+
+
+def table(result: Result) -> str:
+    """The case in Markdown: a line for each arm."""
+    case, best = case_of(result), ideal(result)
+    language = median(result, "language_only")
+    lines = [
+        f"**{case}**, {result['world']} x {result['device']}",
+        "",
+        "| arm | step, s | +- | TFLOP/s per rank | tokens/s | T_language / T | T / T* | "
+        "peak, GiB | outside, GiB | groups | loss | norm |",
+        "| --- " * 12 + "|",
+    ]
+    for arm, found in result["arms"].items():
+        seconds = median(result, arm)
+        if seconds is None:
+            lines.append(f"| {arm} | {found['failed']} " + "| " * 10 + "|")
+            continue
+        rate = case.flops(arm) / seconds / result["world"] / 1e12
+        tokens = case.batch * case.sizes.length / seconds
+        cells = [
+            arm,
+            f"{seconds:.3f}",
+            f"{_half_spread(found['seconds']):.3f}",
+            f"{rate:.3g}",
+            f"{tokens:.0f}",
+            "" if language is None else f"{language / seconds:.3f}",
+            "" if best is None else f"{seconds / best:.3f}",
+            f"{found['peak_gib']:.1f}",
+            f"{found['outside_gib']:.1f}",
+            str(found["communicators"]),
+            "" if found["loss"] is None else f"{found['loss']:.5f}",
+            "" if found["norm"] is None else f"{found['norm']:.4f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    encoder = _encoder(result)
+    if best is not None and language is not None and encoder is not None:
+        lines += [
+            "",
+            f"Encoder {encoder / (encoder + language):.1%} of the time of both alone, "
+            f"T* = {best:.3f} s.",
+        ]
+    lines += [
+        f"{arm}: {found['launches']} kernels launched, {found['waits']} waits for the GPU, which "
+        f"computed {found['computing']:.3f} s and was busy {found['busy']:.3f} s."
+        for arm, found in result["arms"].items()
+        if "launches" in found
+    ]
+    base = "megatron" if "megatron" in result["arms"] else "three_phase"
+    for arm in result["arms"]:
+        found_ratio = ratio(result, arm, base)
+        if found_ratio is not None and arm != base and "only" not in arm:
+            lines.append(f"{arm} / {base}: {found_ratio[0]:.3f} +- {found_ratio[1]:.3f}.")
+    return "\n".join(lines)
+
+
+def markdown(results: list[Result]) -> str:
+    return "\n\n".join(table(result) for result in results) + "\n"
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """A PNG with a bar for the median step of every arm, T* as a line."""
+    heights = [max(2, len(result["arms"])) for result in results]
+    figure, axes = pyplot.subplots(
+        len(results),
+        1,
+        figsize=(8, 0.35 * sum(heights) + 0.9 * len(results)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, result in zip(axes[:, 0], results, strict=True):
+        arms = list(result["arms"])
+        seconds = [median(result, arm) or 0.0 for arm in arms]
+        spread = [_half_spread(result["arms"][arm].get("seconds", [])) for arm in arms]
+        bars = axis.barh(arms, seconds, xerr=spread, color="#4c78a8", height=0.7)
+        labels = [
+            f"{value:.3f} s" if value else result["arms"][arm]["failed"]
+            for arm, value in zip(arms, seconds, strict=True)
+        ]
+        axis.bar_label(bars, labels, padding=4, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_title(str(case_of(result)), fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        best = ideal(result)
+        if best is not None:
+            axis.axvline(best, color="#e45756", linestyle="--", linewidth=1)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

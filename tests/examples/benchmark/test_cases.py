@@ -1,0 +1,46 @@
+"""Covers examples/benchmark/cases.py: sizes, floating point operations, and the cases."""
+
+import pytest
+
+from examples.benchmark.cases import MODELS, SETS, Case, Tower
+
+CASE = Case("2.0B + 1.3B", "tp1 dp2", "tp2", 16, 4, ("megatron", "language_only", "encoder_only"))
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "language"), [("0.3B + 2.7B", 0.3e9, 2.6e9), ("2.0B + 1.3B", 2.0e9, 1.25e9)]
+)
+def test_models_have_the_size_in_their_name(name: str, images: float, language: float) -> None:
+    model = MODELS[name]
+    assert model.images.weights == pytest.approx(images, rel=0.05)
+    assert model.language.weights == pytest.approx(language, rel=0.05)
+
+
+def test_flops_of_a_tower_by_hand() -> None:
+    # 12 h^2 weights a layer: 12 * 4; two tokens: 6 * 48 * 2 + 12 * 2 * 2^2.
+    assert Tower(layers=1, hidden=2, heads=1).flops(samples=1, length=2) == 576 + 96
+    assert Tower(layers=3, hidden=2, heads=1).flops(samples=5, length=2) == 15 * 672
+
+
+def test_flops_of_the_parts_add_up() -> None:
+    parts = CASE.flops("language_only") + CASE.flops("encoder_only=2")
+    assert CASE.flops("megatron") == CASE.flops("lookahead=2") == parts
+
+
+@pytest.mark.parametrize("case", [case for cases in SETS.values() for case in cases], ids=str)
+def test_cases_fit_two_ranks_and_survive_json(case: Case) -> None:
+    assert Case.from_json(case.to_json()) == case
+    assert {layout.size for layout in case.layouts.values()} == {2}
+    assert case.batch % case.microbatches == 0
+    megatron = "megatron" in case.arms
+    assert not (megatron and case.layouts["language"].pp > 1)
+
+
+@pytest.mark.parametrize("name", ["0.3B + 2.7B", "2.0B + 1.3B"])
+def test_layers_beside_the_encoder_balance_two_stages(name: str) -> None:
+    model = MODELS[name]
+    count = model.layers_beside_the_encoder()
+    layer = model.language.flops(1, model.length) / model.language.layers
+    first = model.image_flops(1) + count * layer
+    last = model.language_flops(1) - count * layer
+    assert abs(first - last) <= layer

@@ -1,0 +1,43 @@
+"""Covers examples/benchmark: the command on CPU ranks, every arm of the tiny cases, and failure."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from examples.benchmark.__main__ import main, reason_of
+from examples.benchmark.cases import SETS
+
+
+def test_every_arm_trains_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["tiny", "--out", str(tmp_path), "--steps", "2", "--warmup", "1"])
+    assert code == 0, (tmp_path / "ranks.log").read_text()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [tuple(result["arms"]) for result in results] == [case.arms for case in SETS["tiny"]]
+    losses = set()
+    for result in results:
+        for name, arm in result["arms"].items():
+            assert len(arm["seconds"]) == 2, (name, arm)
+            if arm["loss"] is not None:
+                losses.add(round(arm["loss"], 4))
+                assert arm["norm"] > 0
+    assert len(losses) == 1
+    assert capsys.readouterr().out == (tmp_path / "results.md").read_text()
+    assert (tmp_path / "steps.png").exists()
+
+
+def test_an_arm_that_fails_is_left_out_and_named(tmp_path: Path) -> None:
+    arms = ["--arms", "lookahead=3", "three_phase", "lookahead=0"]
+    code = main(["tiny", "--cases", "0", "--out", str(tmp_path), "--steps", "1", *arms])
+    assert code == 0, (tmp_path / "ranks.log").read_text()
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    assert "schedule 'lookahead=0' is not known" in result["arms"]["lookahead=0"]["failed"]
+    assert len(result["arms"]["three_phase"]["seconds"]) == 1
+
+
+def test_reasons() -> None:
+    own = "[rank0]: ValueError: too long"
+    peer = "[rank1]: RuntimeError: Connection closed by peer"
+    assert reason_of(f"{peer}\n{own}\nChildFailedError: \n", 1) == own
+    assert reason_of("torch.OutOfMemoryError: CUDA out of memory", 1) == "out of memory"
+    assert reason_of("", -9) == "exit code -9"
