@@ -93,7 +93,8 @@ def compile(
     text = (
         ""
         if found is None
-        else f"{_digest(found[0])}, groups {groups is not None}, {dims}, {lengths}, {means}, {order}"
+        else f"{_digest(found[0])}, groups {groups is not None}, "
+        f"{dims}, {lengths}, {means}, {order}, rows {sorted(rows or {})}"
     )
     agree_on("the compiled program", text, error)
     assert found is not None

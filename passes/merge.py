@@ -54,7 +54,7 @@ def merge(graph: Graph, *, traits: Traits | None = None) -> Graph:
     if sharded.kwargs.get("embeddings") is not merged or set(merged.users) != {sharded}:
         raise CaptureError(
             f"{graph.name} reads {merged.name} ({merged.meta['line']}) elsewhere than in "
-            f"{merging.sharded}: the embeddings of the whole sequence are on no rank of {graph.sink} "
+            f"{merging.sharded}: no rank of {graph.sink} has the embeddings of the whole sequence "
             f"({graph.layouts[graph.sink]}). Read them behind the cut, or leave out cp and sp."
         )
     given = merged.kwargs["modality_embeddings"]

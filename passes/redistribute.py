@@ -31,8 +31,10 @@ from colocc.types import Type
 
 WHOLE = ("sample",)
 """The dims that are cut of a value whose sequence nothing cuts."""
-ROWS = ("sample", "row", "position")
+PLACED = ("sample", "position")
 """The dims of rows that have a place in the reader's sequence."""
+ROWS = ("sample", "row", "position")
+"""The same where the source makes a part of each item's rows."""
 PREFIX = "colocc."
 """Targets of inserted calls start with this; no submodule path of a user can."""
 
@@ -74,13 +76,13 @@ def _bridge(graph: Graph, node: fx.Node, module: str, ranks_per_node: int | None
     users = [user for user in node.users if user.meta["module"] == module]
     value = node.meta["types"]
     dims = dims_of(graph, node, module)
-    rows = dims == ROWS
+    rows = "position" in dims
     plan = solve(
         (source, src),
         (module, dst),
         sink=(graph.sink, graph.layouts[graph.sink]),
         dims=dims,
-        scale=graph.scale(source, module, whole=dims == WHOLE),
+        scale=graph.scale(source, module, whole=is_whole(dims)),
         value=value if isinstance(value, Type) else None,
         ranks_per_node=None if rows else ranks_per_node,
     )
@@ -111,11 +113,16 @@ def dims_of(graph: Graph, node: fx.Node, reader: str) -> tuple[str, ...]:
     where it is known and one of them does."""
     source = node.meta["module"]
     if source in graph.rows and reader == graph.sink:
-        return ROWS
+        return ROWS if graph.layouts[source].sp else PLACED
     found = node.meta["types"]
     known = isinstance(found, Type) and found.sequence is not None
     cuts = axes_of(graph.layouts[source]) or axes_of(graph.layouts[reader])
     return (*WHOLE, "sequence") if known and cuts else WHOLE
+
+
+def is_whole(dims: tuple[str, ...]) -> bool:
+    """Whether each cp rank of the source makes all of a sample."""
+    return not {"sequence", "row"} & set(dims)
 
 
 def _free_name(graph: Graph, wish: str) -> str:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from colocc.errors import VerifyError
 from colocc.passes.dump import excerpt
 from colocc.passes.graph import Graph
-from colocc.passes.redistribute import WHOLE, dims_of, is_redistribution
+from colocc.passes.redistribute import WHOLE, dims_of, is_redistribution, is_whole
 from colocc.passes.solve.check import check
 from colocc.passes.solve.slots import slots_of
 from colocc.sequence import same_sequence
@@ -131,7 +131,7 @@ def _check_plan(graph: Graph, node: fx.Node) -> None:
             graph, node, f"the plan of {node.name} cuts {plan.dims}, its value is cut by {dims}"
         )
     try:
-        check(plan, scale=graph.scale(*ends, whole=dims == WHOLE))
+        check(plan, scale=graph.scale(*ends, whole=is_whole(dims)))
     except VerifyError as error:
         raise _fail(graph, node, str(error)) from error
 

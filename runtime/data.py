@@ -235,8 +235,8 @@ def _check_size(
 
 
 def check_divides(graph: Graph, microbatches: int, size: int) -> None:
-    """Raise LayoutError unless a step of ``microbatches`` times ``size`` samples can be cut into the
-    sink's replicas, and into equal parts of each encoder that makes no rows of its own number."""
+    """Raise LayoutError unless a step of ``microbatches`` times ``size`` samples can be cut into
+    the sink's replicas, and into equal parts of each encoder but those that make rows."""
     sink = graph.layouts[graph.sink]
     if size % sink.dp:
         raise LayoutError(

@@ -148,6 +148,12 @@ def check_sequence(model: Any, layouts: Mapping[str, Layout]) -> None:
     says."""
     if not is_mimo(model) or LANGUAGE not in layouts or model.language_model is None:
         return
+    for name, layout in layouts.items():
+        if name != LANGUAGE and layout.sp and layout.cp > 1:
+            raise LayoutError(
+                f"{name} ({layout}) has sp and cp: MimoModel gives each cp rank whole items, of "
+                "whose rows sp makes a part on each tp rank. Leave out one of them."
+            )
     layout = layouts[LANGUAGE]
     config = unwrapped(model.language_model).config
     if layout.cp != config.context_parallel_size:

@@ -106,7 +106,7 @@ def _coded(
     codes = torch.ones(len(samples), length, 2, dtype=torch.float64)
     codes[..., 0] *= torch.tensor(samples, dtype=torch.float64).reshape(-1, 1)
     codes[..., 1] *= torch.arange(1, length + 1)
-    if {"sequence", "row"} & set(plan.dims):
+    if {"sequence", "row" if side is plan.src else "position"} & set(plan.dims):
         codes = cut_sequence(codes, 1, side.layout, move.rank)
     if isinstance(move, RowRedistribution):
         return codes

@@ -26,7 +26,12 @@ CUT = {
     "slice": (False, False),
 }
 """Whether the source's and the reader's layout cut a dim."""
-ALL_DIMS = (("sample",), ("sample", "sequence"), ("sample", "row", "position"))
+ALL_DIMS = (
+    ("sample",),
+    ("sample", "sequence"),
+    ("sample", "position"),
+    ("sample", "row", "position"),
+)
 
 
 @lru_cache(maxsize=512)

@@ -20,7 +20,6 @@ from colocc.sequence import cuts
 from tests.harness import run_threads
 
 LENGTH, COLUMNS, TOKEN = 16, 3, 9
-DIMS = ("sample", "row", "position")
 PAIRS = {
     "3:2": (Layout(tp=2, dp=3), Layout(tp=3, dp=2)),
     "2:3": (Layout(tp=3, dp=2), Layout(tp=2, dp=3)),
@@ -38,6 +37,7 @@ PAIRS = {
     "cp2 zigzag sp pp2": (Layout(tp=2, dp=4), Layout(tp=2, cp=2, pp=2, sp=True, zigzag=True)),
     "sp to cp": (Layout(tp=2, dp=4, sp=True), Layout(cp=4, dp=2, zigzag=True)),
     "sp to sp": (Layout(tp=4, dp=2, sp=True), Layout(tp=2, dp=4, sp=True)),
+    "encoder cp2": (Layout(cp=2, tp=2, dp=2), Layout(tp=4, dp=2, sp=True)),
     "dp fastest": (Layout(tp=2, dp=4, order="dp-tp"), Layout(tp=4, dp=2)),
 }
 pairs = pytest.mark.parametrize(("src", "dst"), PAIRS.values(), ids=list(PAIRS))
@@ -68,6 +68,11 @@ def rows_of(counts: list[int], replicas: int, microbatches: int, seed: int = 0) 
         np.full(len(counts), LENGTH),
         np.full(sum(counts) // 4, 4),
     )
+
+
+def dims_of(src: Layout) -> tuple[str, ...]:
+    """A source with cp makes all rows of a sample on each cp rank, one with sp a part."""
+    return ("sample", "row", "position") if src.sp else ("sample", "position")
 
 
 def coded(rows: list[int]) -> Tensor:
@@ -129,7 +134,7 @@ def on_ranks[R](plan: Plan, work: Callable[[RowRedistribution, int], R]) -> list
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pairs
 def test_rows_arrive_and_gradients_return(src: Layout, dst: Layout, microbatches: int) -> None:
-    plan = solve(("images", src), ("language", dst), dims=DIMS, scale=Fraction(3))
+    plan = solve(("images", src), ("language", dst), dims=dims_of(src), scale=Fraction(3))
     batches = [rows_of(counts, dst.dp, microbatches) for counts in COUNTS.values()]
 
     def work(move: RowRedistribution, rank: int) -> None:
@@ -151,7 +156,7 @@ def test_rows_arrive_and_gradients_return(src: Layout, dst: Layout, microbatches
 @pairs
 def test_bytes_on_the_wire_are_the_rows_alone(src: Layout, dst: Layout) -> None:
     """What each rank receives from others is what it needs and does not have."""
-    plan = solve(("images", src), ("language", dst), dims=DIMS)
+    plan = solve(("images", src), ("language", dst), dims=dims_of(src))
     rows = rows_of(COUNTS["ragged"], dst.dp, 2)
 
     def work(move: RowRedistribution, rank: int) -> int:
@@ -186,7 +191,7 @@ def test_units_cut_each_replica_s_samples_by_floor(samples: int, replicas: int, 
 
 def test_a_wrong_number_of_rows_names_the_rank() -> None:
     src, dst = PAIRS["fan_in"]
-    plan = solve(("images", src), ("language", dst), dims=DIMS)
+    plan = solve(("images", src), ("language", dst), dims=dims_of(src))
     move = RowRedistribution(plan, dict.fromkeys(plan.member_lists()), 3, name="images_language")  # type: ignore[arg-type]
     move.rows = rows_of([4] * 16, 2, 1)
     with pytest.raises(LayoutError, match=r"images on rank 3 made 7 rows, .* 8 placeholders"):
@@ -195,7 +200,7 @@ def test_a_wrong_number_of_rows_names_the_rank() -> None:
 
 def test_two_levels_are_refused() -> None:
     src, dst = Layout(tp=2, dp=4), Layout(tp=4, dp=2)
-    plan = solve(("images", src), ("language", dst), dims=DIMS, ranks_per_node=2)
+    plan = solve(("images", src), ("language", dst), dims=dims_of(src), ranks_per_node=2)
     if "slice" not in plan.dims:
         pytest.fail("the plan has one level: choose another pair")
     with pytest.raises(LayoutError, match="leave out ranks_per_node"):
