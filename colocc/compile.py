@@ -29,10 +29,10 @@ from colocc.runtime.groups import (
     layouts_text,
 )
 from colocc.runtime.schedule import Schedule
-from colocc.sequence import axes_of
 
 if TYPE_CHECKING:
     from colocc.runtime.groups import AnyLayout
+    from colocc.runtime.ragged import RowsPerItem
 
 
 def compile(
@@ -46,6 +46,7 @@ def compile(
     sequence_dims: Mapping[str, int] | None = None,
     ranks_per_node: int | None = None,
     reductions: Mapping[str, Reduction] | None = None,
+    rows: Mapping[str, RowsPerItem] | None = None,
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> Program:
     """Return the program that trains ``model`` with each module on its own layout.
@@ -58,7 +59,9 @@ def compile(
     where it is not 0. ``sequence_dims`` names the dim that holds the sequence, of inputs and of
     modules' outputs: layouts with cp or sp then read and make their part of it, instead of all.
     Redistributions between nodes of ``ranks_per_node`` ranks cross with each byte once.
-    ``reductions`` overrides how a module's gradients are reduced over its dp axis.
+    ``reductions`` overrides how a module's gradients are reduced over its dp axis. ``rows`` gives,
+    of modules of a MimoModel whose items (images, clips) make different numbers of rows, a function
+    from one microbatch's inputs to the rows of each item.
 
     ``schedule`` orders the work of ``forward_backward``: "three_phase" encodes the whole step
     first; "lookahead=2", at pp = 1, encodes 2 microbatches at a time, which bounds the memory of
@@ -82,6 +85,7 @@ def compile(
         _check_options(model, plain, dims, lengths, means, ranks_per_node)
         options = {"batch_dims": dims, "sequence_dims": lengths, "ranks_per_node": ranks_per_node}
         graph = _build(model, plain, example_inputs, means, options)
+        _check_rows(graph, rows or {})
         order = Schedule.parse(schedule, (graph.sink, plain[graph.sink]))
         found = graph, _specialized(graph)
     except Exception as problem:  # noqa: BLE001 - agreed on below, then raised on every rank
@@ -89,11 +93,12 @@ def compile(
     text = (
         ""
         if found is None
-        else f"{_digest(found[0])}, groups {groups is not None}, {dims}, {lengths}, {means}, {order}"
+        else f"{_digest(found[0])}, groups {groups is not None}, "
+        f"{dims}, {lengths}, {means}, {order}, rows {sorted(rows or {})}"
     )
     agree_on("the compiled program", text, error)
     assert found is not None
-    return Program(model, *found, groups, dims, timeout, order)
+    return Program(model, *found, groups, dims, timeout, order, rows=rows)
 
 
 def _check_groups(groups: ProcessGroups | None, layouts: dict[str, Layout]) -> None:
@@ -128,6 +133,7 @@ def _build(
     options: Mapping[str, Any],
 ) -> Graph:
     traits = megatron.traits_of(model, example_inputs)
+    megatron.check_sequence(model, layouts)
     targets = passes.capture_targets(model, layouts, traits)
     reductions = {
         name: overrides[name]
@@ -156,7 +162,6 @@ def _check_options(
 ) -> None:
     """Raise LayoutError for options that nothing would read, or that nothing can do."""
     inputs = list(inspect.signature(model.forward).parameters)
-    _refuse_cut_mimo(model, layouts)
     for name, dim in batch_dims.items():
         if name not in inputs or type(dim) is not int or dim < 0:
             raise LayoutError(
@@ -182,14 +187,12 @@ def _check_options(
             )
 
 
-def _refuse_cut_mimo(model: nn.Module, layouts: Mapping[str, Layout]) -> None:
-    """Raise LayoutError for a MimoModel of which a layout cuts the sequence."""
-    for name, layout in layouts.items():
-        if megatron.is_mimo(model) and axes_of(layout):
-            axes = " and ".join(axes_of(layout))
+def _check_rows(graph: Graph, rows: Mapping[str, RowsPerItem]) -> None:
+    for name, function in rows.items():
+        if name not in graph.rows or not callable(function):
             raise LayoutError(
-                f"{name} ({layout}) cuts the sequence over {axes}, which is not known of a "
-                f"{type(model).__name__}. Give {name} cp1, without sp."
+                f"rows has {name!r}: {function!r}; give the name of a module whose rows belong to "
+                f"placeholders ({', '.join(graph.rows) or 'this model has none'}) and a function"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from torch import fx, nn
 from colocc.errors import LayoutError
 from colocc.passes.dump import dot, page, ranks
 from colocc.passes.graph import Graph, first_type
+from colocc.passes.merge import Merge
 from colocc.passes.phases import cut
+from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
 from colocc.runtime.data import Batches, fingerprint, holding_of, sample_runs
 from colocc.runtime.execute import Executor
@@ -26,7 +29,9 @@ from colocc.runtime.groups import (
     open_groups,
     process_groups,
 )
-from colocc.runtime.redistribution import Redistribution, tensor_dims
+from colocc.runtime.ragged import RowsPerItem
+from colocc.runtime.redistribution import Groups, Redistribution, tensor_dims
+from colocc.runtime.rows import RowRedistribution, counted, rows_held
 from colocc.runtime.schedule import Schedule, run_step
 
 if TYPE_CHECKING:
@@ -50,7 +55,10 @@ class Program:
         batch_dims: dict[str, int],
         timeout: timedelta,
         schedule: Schedule,
+        *,
+        rows: Mapping[str, RowsPerItem] | None = None,
     ) -> None:
+        self._rows_per_item = dict(rows or {})
         self.model, self.graph, self.batch_dims = model, graph, batch_dims
         self.schedule = schedule
         self.rank = dist.get_rank() if dist.is_initialized() else None
@@ -58,7 +66,9 @@ class Program:
         self._optional = megatron.optional_inputs(model)
         self._agreed = self._destroyed = False
         self.cut: list[fx.Node] = []
-        self.redistributions: dict[str, Redistribution] = {}
+        self.redistributions: dict[str, Redistribution | RowRedistribution] = {}
+        self._calls: dict[str, Callable[..., Any]] = {}
+        self._templates: dict[str, Any] = {}
         self._members: tuple[tuple[int, ...], ...] = ()
         self._world: weakref.ref[dist.ProcessGroup] | None = None
         if self.rank is not None and mine is not None:
@@ -82,13 +92,30 @@ class Program:
         moves = self.redistributions
         for node in mine.fx.nodes:
             if node.name in plans:
-                plan = plans[node.name]
-                dims = tensor_dims(plan, first_type(node.meta["types"]))
-                moves[node.name] = Redistribution(plan, opened, rank, name=node.name, dims=dims)
+                moves[node.name] = self._bound(plans[node.name], node, opened, rank)
+            elif isinstance(node.target, Merge):
+                self._calls[node.name] = megatron.MergeInPart(
+                    self.model, mine.layouts[mine.sink], rank
+                )
+        self._calls |= {n: move for n, move in moves.items() if isinstance(move, RowRedistribution)}
         self.cut = cut(mine)
-        self._encode = Executor(mine, "encode", self.model, moves, self.cut)
         self._output = mine.output()
-        self._language = Executor(mine, "language", self.model, moves, self._output.all_input_nodes)
+        self._encode, self._language = (
+            Executor(mine, phase, self.model, moves, results, calls=self._calls)
+            for phase, results in (
+                ("encode", self.cut),
+                ("language", self._output.all_input_nodes),
+            )
+        )
+
+    def _bound(
+        self, plan: Plan, node: fx.Node, groups: Groups, rank: int
+    ) -> Redistribution | RowRedistribution:
+        if "rows" in node.meta:
+            empty = partial(megatron.no_rows, self.model)
+            return RowRedistribution(plan, groups, rank, name=node.name, empty=empty)
+        dims = tensor_dims(plan, first_type(node.meta["types"]))
+        return Redistribution(plan, groups, rank, name=node.name, dims=dims)
 
     def __str__(self) -> str:
         return page(self.graph)
@@ -133,7 +160,27 @@ class Program:
             for node in self._mine.placeholders()
             if node.meta["phase"] == "encode"
         }
-        return self._encode(values, samples=len(batches.microbatches) * batches.size)
+        for move in self.redistributions.values():
+            if isinstance(move, RowRedistribution):
+                move.rows = batches.ragged.rows[move.plan.src.module]
+        found = self._encode(values, samples=len(batches.microbatches) * batches.size)
+        counts = self.row_counts(batches)
+        for place, node in enumerate(self.cut):
+            if node in counts and node.name not in self.redistributions:
+                made = megatron.no_rows(self.model) if found[place] is None else found[place]
+                who = f"{node.name} on rank {self.rank}"
+                found[place] = counted(made, sum(counts[node]), who)
+        return found
+
+    def row_counts(self, batches: Batches) -> dict[fx.Node, list[int]]:
+        """Of the values of ``cut`` that are made of rows, this rank's rows in each microbatch."""
+        assert self.rank is not None
+        found = {}
+        for node in self.cut:
+            if (plan := node.meta.get("rows")) is not None:
+                rows = batches.ragged.rows[plan.src.module]
+                found[node] = rows.by_microbatch(rows_held(plan, plan.dst, rows, self.rank))
+        return found
 
     def language(self, batches: Batches, microbatch: int, crossing: list[Any]) -> Any:
         """One microbatch through this rank's part of the language phase; what the forward
@@ -262,7 +309,15 @@ class Program:
             )
         if self._destroyed:
             raise LayoutError("the program was destroyed: compile the model again")
-        return Batches(self.graph, microbatches, self.rank, self.batch_dims, self._optional)
+        return Batches(
+            self.graph,
+            microbatches,
+            self.rank,
+            self.batch_dims,
+            self._optional,
+            rows_per_item=self._rows_per_item,
+            templates=self._templates,
+        )
 
     def _agree_once(self, batches: Batches | None, error: Exception | None) -> None:
         """The first batch is compared across ranks: a rank with another batch is named, not waited

@@ -13,6 +13,7 @@ from colocc.layout import Layout
 from colocc.passes.capture import TRACING, capture
 from colocc.passes.capture import find_targets as capture_targets
 from colocc.passes.graph import Graph, Reduction, Traits
+from colocc.passes.merge import merge
 from colocc.passes.phases import phases
 from colocc.passes.propagate import propagate
 from colocc.passes.redistribute import redistribute
@@ -22,7 +23,7 @@ from colocc.passes.verify import verify
 Pass = Callable[..., Graph]
 Between = Callable[[Graph, str], None]
 
-PIPELINE: tuple[Pass, ...] = (propagate, redistribute, phases)
+PIPELINE: tuple[Pass, ...] = (propagate, merge, redistribute, phases)
 """The passes between capture, which makes the graph, and specialize, which cuts out one rank's
 part."""
 
@@ -45,10 +46,12 @@ def run(
     options: dict[Pass, dict[str, Any]] = {
         propagate: {"model": model, "batch_dims": batch_dims, **known},
         redistribute: {"sequence_dims": sequence_dims, "ranks_per_node": ranks_per_node},
+        merge: {"traits": traits},
     }
     with TRACING:
         graph = capture(model, layouts, **known)
         graph.reductions = dict(reductions)
+        graph.rows = dict(traits.rows) if traits is not None else {}
         check(graph, "capture", between)
         for step in PIPELINE:
             graph = partial(step, **options.get(step, {}))(graph)
@@ -68,6 +71,7 @@ __all__ = [
     "capture",
     "capture_targets",
     "check",
+    "merge",
     "phases",
     "propagate",
     "redistribute",

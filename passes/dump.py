@@ -21,7 +21,7 @@ from colocc.types import Type
 SHOWN_GROUPS = 8
 WIDTH = 100
 PAGE_WIDTH, CALL_WIDTH = 100, 28
-PASSES = ("capture", "propagate", "redistribute", "phases", "specialize")
+PASSES = ("capture", "propagate", "merge", "redistribute", "phases", "specialize")
 
 
 def page(graph: Graph, after: str = "phases") -> str:
@@ -80,7 +80,7 @@ def _nodes(graph: Graph, nodes: list[fx.Node]) -> list[str]:
             continue
         types = node.meta.get("types")
         shown = _leaves(types)
-        sign = "+ " if node.name in graph.plans else "  "
+        sign = "+ " if node.name in graph.plans or node.meta.get("added") else "  "
         rows.append([f"{sign}%{node.name}", *_typed(node, shown), _call(graph, node)])
         if node.name in graph.plans:
             after[len(rows) - 1] = _plan_lines(graph, node)

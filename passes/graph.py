@@ -8,6 +8,8 @@ module    the name in ``layouts`` on whose layout the node runs            (from
 types     the types of its tensors, a pytree shaped like its value         (from propagate on)
 phase     "encode" or "language"                                          (from phases on)
 stage     "first", "last" or "all": the pipeline stages that run the node  (from phases on)
+rows      of a value made of rows, samples having different numbers of them:
+          the plan whose reader holds them as the node does        (from redistribute on)
 """
 
 from __future__ import annotations
@@ -45,6 +47,15 @@ class Glue:
 
 
 @dataclass(frozen=True)
+class Merging:
+    """The methods that embed the text, merge rows into it, and cut the result's sequence."""
+
+    text: str
+    merged: str
+    sharded: str
+
+
+@dataclass(frozen=True)
 class Traits:
     """What is known beforehand of a kind of model; the empty one knows nothing.
 
@@ -53,6 +64,8 @@ class Traits:
     per module name. ``outputs`` gives the type of a module's output from the types of its
     arguments.
     ``disabled`` are attributes of the model that are empty while it is traced.
+    ``rows`` gives, of modules whose output is rows that belong to placeholders in the sequence, the
+    placeholder's id. ``merging`` names the glue that puts them there.
     """
 
     targets: Mapping[str, str] = field(default_factory=dict)
@@ -61,6 +74,8 @@ class Traits:
     nested: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     outputs: Mapping[str, Callable[[Mapping[str, Any], Layout], Any]] = field(default_factory=dict)
     disabled: tuple[str, ...] = ()
+    rows: Mapping[str, int] = field(default_factory=dict)
+    merging: Merging | None = None
 
 
 @dataclass
@@ -70,7 +85,8 @@ class Graph:
     ``targets`` maps the names in ``layouts`` to submodule paths; ``sink`` is the name of the module
     that every other one feeds (the language model). ``plans`` are by node name.
     ``reductions`` says how each module's gradients are reduced over its dp axis. ``sequence_dims``
-    are the dims of modules' outputs and of inputs that hold the sequence.
+    are the dims of modules' outputs and of inputs that hold the sequence. ``rows`` gives the
+    placeholder's id of modules that make rows.
     """
 
     fx: torch.fx.Graph
@@ -83,6 +99,7 @@ class Graph:
     notes: list[str] = field(default_factory=list)
     batch_size: int | None = None
     sequence_dims: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def world(self) -> int:

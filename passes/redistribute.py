@@ -18,13 +18,11 @@ Algorithm:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from colocc.errors import LayoutError
-from colocc.layout import Layout
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.sequences import sequences
 from colocc.passes.solve.solver import check_pair, solve
@@ -33,6 +31,10 @@ from colocc.types import Type
 
 WHOLE = ("sample",)
 """The dims that are cut of a value whose sequence nothing cuts."""
+PLACED = ("sample", "position")
+"""The dims of rows that have a place in the reader's sequence."""
+ROWS = ("sample", "row", "position")
+"""The same where the source makes a part of each item's rows."""
 PREFIX = "colocc."
 """Targets of inserted calls start with this; no submodule path of a user can."""
 
@@ -73,16 +75,19 @@ def _bridge(graph: Graph, node: fx.Node, module: str, ranks_per_node: int | None
     src, dst = graph.layouts[source], graph.layouts[module]
     users = [user for user in node.users if user.meta["module"] == module]
     value = node.meta["types"]
-    dims = dims_of(value, src, dst)
+    dims = dims_of(graph, node, module)
+    rows = "position" in dims
     plan = solve(
         (source, src),
         (module, dst),
         sink=(graph.sink, graph.layouts[graph.sink]),
         dims=dims,
-        scale=graph.scale(source, module, whole=dims == WHOLE),
+        scale=graph.scale(source, module, whole=is_whole(dims)),
         value=value if isinstance(value, Type) else None,
-        ranks_per_node=ranks_per_node,
+        ranks_per_node=None if rows else ranks_per_node,
     )
+    if rows:
+        node.meta["rows"] = plan
     if not plan.moves:
         return
     if not isinstance(value, Type):
@@ -96,16 +101,28 @@ def _bridge(graph: Graph, node: fx.Node, module: str, ranks_per_node: int | None
         call = graph.fx.create_node("call_module", PREFIX + name, (node,), {}, name=name)
     types = value.on(module, dst, plan.dst.stages)
     call.meta = {"module": module, "types": types, "line": node.meta["line"], "inserted": True}
+    if rows:
+        call.meta["rows"] = node.meta.pop("rows")
     graph.plans[call.name] = plan
     for user in users:
         user.replace_input_with(node, call)
 
 
-def dims_of(value: Any, src: Layout, dst: Layout) -> tuple[str, ...]:
-    """The dims of a value that its source and its reader may cut: the sequence only where it is
-    known and one of them does."""
-    known = isinstance(value, Type) and value.sequence is not None
-    return (*WHOLE, "sequence") if known and (axes_of(src) or axes_of(dst)) else WHOLE
+def dims_of(graph: Graph, node: fx.Node, reader: str) -> tuple[str, ...]:
+    """The dims of a value that its module and the module ``reader`` may cut: the sequence only
+    where it is known and one of them does."""
+    source = node.meta["module"]
+    if source in graph.rows and reader == graph.sink:
+        return ROWS if graph.layouts[source].sp else PLACED
+    found = node.meta["types"]
+    known = isinstance(found, Type) and found.sequence is not None
+    cuts = axes_of(graph.layouts[source]) or axes_of(graph.layouts[reader])
+    return (*WHOLE, "sequence") if known and cuts else WHOLE
+
+
+def is_whole(dims: tuple[str, ...]) -> bool:
+    """Whether each cp rank of the source makes all of a sample."""
+    return not {"sequence", "row"} & set(dims)
 
 
 def _free_name(graph: Graph, wish: str) -> str:

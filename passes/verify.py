@@ -24,13 +24,13 @@ from torch.utils import _pytree as pytree
 from colocc.errors import VerifyError
 from colocc.passes.dump import excerpt
 from colocc.passes.graph import Graph
-from colocc.passes.redistribute import WHOLE, dims_of, is_redistribution
+from colocc.passes.redistribute import WHOLE, dims_of, is_redistribution, is_whole
 from colocc.passes.solve.check import check
 from colocc.passes.solve.slots import slots_of
 from colocc.sequence import same_sequence
 from colocc.types import Type
 
-ORDER = ("capture", "propagate", "redistribute", "phases", "specialize")
+ORDER = ("capture", "propagate", "merge", "redistribute", "phases", "specialize")
 
 
 def verify(graph: Graph, *, after: str) -> None:
@@ -100,7 +100,7 @@ def _check_edge(graph: Graph, source: fx.Node, reader: fx.Node) -> None:
     if left == right or not varies or is_redistribution(reader):
         return
     src, dst = graph.layouts[left], graph.layouts[right]
-    cut = dims_of(source.meta["types"], src, dst) != WHOLE
+    cut = dims_of(graph, source, right) != WHOLE
     sink = graph.layouts[graph.sink]
     alike = (
         src.same_grid(dst)
@@ -125,13 +125,13 @@ def _check_plan(graph: Graph, node: fx.Node) -> None:
         )
     if (plan.src.layout, plan.dst.layout) != tuple(graph.layouts[name] for name in ends):
         raise _fail(graph, node, f"the plan of {node.name} was solved for other layouts")
-    dims = dims_of(source.meta["types"], plan.src.layout, plan.dst.layout)
+    dims = dims_of(graph, source, ends[1])
     if tuple(dim for dim in plan.dims if dim != "slice") != dims:
         raise _fail(
             graph, node, f"the plan of {node.name} cuts {plan.dims}, its value is cut by {dims}"
         )
     try:
-        check(plan, scale=graph.scale(*ends, whole=dims == WHOLE))
+        check(plan, scale=graph.scale(*ends, whole=is_whole(dims)))
     except VerifyError as error:
         raise _fail(graph, node, str(error)) from error
 

@@ -22,6 +22,7 @@ from colocc.passes.graph import Graph
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.plan import Holding
 from colocc.passes.solve.solver import holdings
+from colocc.runtime.ragged import Ragged, RowsPerItem
 from colocc.sequence import axes_of, check_length, cuts, part_of
 
 Run = tuple[int, int, int]
@@ -29,11 +30,7 @@ Run = tuple[int, int, int]
 
 
 class Batches:
-    """The microbatches of one step, alike on every rank, and what this rank reads of them.
-
-    ``uneven``: encoder slots may hold different numbers of samples, and none, because the sizes of
-    what they make are given with the values.
-    """
+    """The microbatches of one step, alike on every rank, and what this rank reads of them."""
 
     def __init__(
         self,
@@ -43,18 +40,31 @@ class Batches:
         batch_dims: Mapping[str, int],
         optional: frozenset[str] = frozenset(),
         *,
-        uneven: bool = False,
+        rows_per_item: Mapping[str, RowsPerItem] | None = None,
+        templates: dict[str, Any] | None = None,
     ) -> None:
         self.graph, self.rank, self.batch_dims = graph, rank, batch_dims
         self.microbatches = microbatches
         self.optional = optional
         self.size = check_batches(graph, microbatches, batch_dims, optional)
         self.sink = graph.layouts[graph.sink]
-        check_divides(graph, len(microbatches), self.size, uneven=uneven)
+        check_divides(graph, len(microbatches), self.size)
         check_sequences(graph, microbatches)
+        self.ragged = Ragged(
+            microbatches,
+            graph.rows,
+            replicas=self.sink.dp,
+            rows_per_item=rows_per_item,
+            templates=templates,
+        )
 
     def encoder_input(self, node: fx.Node) -> Any:
         """The samples of an encoder's input that this rank encodes, for the whole step."""
+        module = node.meta["module"]
+        if module in self.graph.rows:
+            holding = holding_of(self.graph, module)
+            units = holding.units()[self.rank]
+            return self.ragged.encoder_input(module, units, units_in(holding), node.meta["path"])
         runs = sample_runs(
             holding_of(self.graph, node.meta["module"]),
             self.sink.dp,
@@ -115,6 +125,11 @@ def holding_of(graph: Graph, module: str) -> Holding:
     return found
 
 
+def units_in(holding: Holding) -> int:
+    """The units of a whole step."""
+    return sum(stop - start for slot in holding.slots for start, stop in slot)
+
+
 def sample_runs(holding: Holding, dp: int, microbatches: int, size: int, rank: int) -> list[Run]:
     """The samples of ``rank`` as runs of neighbours, in order.
 
@@ -172,6 +187,9 @@ def check_batches(
                 )
         _check_known(graph, index, batch, paths)
         for name, value in batch.items():
+            items = [module for module in graph.rows if (name, module) in paths]
+            if items and isinstance(value, Mapping):
+                value = {key: part for key, part in value.items() if key not in items}
             _check_size(index, name, value, batch_dims.get(name, 0), sizes)
     first = next(iter(sizes.values()), None)
     if first is None:
@@ -216,9 +234,9 @@ def _check_size(
             )
 
 
-def check_divides(graph: Graph, microbatches: int, size: int, *, uneven: bool = False) -> None:
-    """Raise LayoutError unless a step of ``microbatches`` times ``size`` samples can be cut:
-    ``uneven``, into the sink's replicas; otherwise into every encoder's equal parts, too."""
+def check_divides(graph: Graph, microbatches: int, size: int) -> None:
+    """Raise LayoutError unless a step of ``microbatches`` times ``size`` samples can be cut into
+    the sink's replicas, and into equal parts of each encoder but those that make rows."""
     sink = graph.layouts[graph.sink]
     if size % sink.dp:
         raise LayoutError(
@@ -226,7 +244,9 @@ def check_divides(graph: Graph, microbatches: int, size: int, *, uneven: bool = 
             f"replicas: {size} % {sink.dp} = {size % sink.dp}. Give it a multiple of {sink.dp} "
             "samples."
         )
-    for name, layout in () if uneven else graph.layouts.items():
+    for name, layout in graph.layouts.items():
+        if name in graph.rows:
+            continue
         units = lcm(layout.dp, sink.dp)
         total, replica = microbatches * size, units // sink.dp
         if (total // sink.dp) % replica:
@@ -240,7 +260,8 @@ def check_divides(graph: Graph, microbatches: int, size: int, *, uneven: bool = 
 
 
 def check_sequences(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None:
-    """Raise LayoutError unless every input's sequence can be cut by each module that reads it."""
+    """Raise LayoutError unless every input's sequence can be cut by each module that reads it,
+    and so the one in which rows have their place."""
     for node in graph.placeholders():
         path = node.meta["path"]
         dim = graph.sequence_dims.get(path[0])
@@ -249,6 +270,10 @@ def check_sequences(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> 
                 if dim is not None and tensor.dim() > dim:
                     what = f"{'.'.join(name)} of microbatch {index}"
                     check_length(what, tensor.shape[dim], graph.layouts[node.meta["module"]])
+    sink = graph.layouts[graph.sink]
+    for index, batch in enumerate(microbatches if graph.rows else ()):
+        what = f"input_ids of microbatch {index}, read by {graph.sink} ({sink}),"
+        check_length(what, batch["input_ids"].shape[1], sink)
 
 
 def fingerprint(microbatches: Iterable[Mapping[str, Any]]) -> str:

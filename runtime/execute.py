@@ -16,7 +16,8 @@ class Executor:
     """The nodes of one phase of a graph, bound to the user's model and the redistributions.
 
     Submodules are looked up at each call, so a module that was wrapped (by DDP, say) after the
-    compile is called through its wrapper.
+    compile is called through its wrapper. ``calls`` are what runs a node of that name instead of
+    the node's own target.
     """
 
     def __init__(
@@ -26,8 +27,10 @@ class Executor:
         model: nn.Module,
         redistributions: Mapping[str, Callable[..., Any]],
         results: list[fx.Node],
+        *,
+        calls: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
-        self.model, self.redistributions = model, redistributions
+        self.model, self.redistributions, self.calls = model, redistributions, calls or {}
         self.nodes = [
             n
             for n in graph.fx.nodes
@@ -59,6 +62,8 @@ class Executor:
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target = node.target
+        if node.name in self.calls:
+            return self.calls[node.name](*args)
         if node.name in self.redistributions:
             return self.redistributions[node.name](*args, samples=self.samples)
         if isinstance(target, Method):

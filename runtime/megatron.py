@@ -8,6 +8,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from colocc.errors import CaptureError, LayoutError
 from colocc.layout import Layout
-from colocc.passes.graph import Glue, Reduction, Traits
+from colocc.passes.graph import Glue, Merging, Reduction, Traits
+from colocc.sequence import cuts
 from colocc.types import DTYPES
 
 if TYPE_CHECKING:
@@ -67,6 +69,12 @@ def traits_of(model: Any, example_inputs: Mapping[str, Any] | None) -> Traits:
         nested={"modality_inputs": names},
         outputs=outputs | {LANGUAGE: shapes.language},
         disabled=("colocated_comms",),
+        rows={
+            name: model.special_token_ids[name] for name in names if name in model.special_token_ids
+        },
+        merging=Merging(
+            "get_text_embeddings", "align_embeddings_by_token_positions", "_shard_language_inputs"
+        ),
     )
 
 
@@ -133,6 +141,118 @@ class _Shapes:
     def language(self, arguments: Mapping[str, Any], layout: Layout) -> Any:
         labels = arguments.get("labels")
         return ("f32", tuple(labels.shape)) if isinstance(labels, torch.Tensor) else None
+
+
+def check_sequence(model: Any, layouts: Mapping[str, Layout]) -> None:
+    """Raise LayoutError unless the language model of a MimoModel cuts its sequence as its layout
+    says."""
+    if not is_mimo(model) or LANGUAGE not in layouts or model.language_model is None:
+        return
+    for name, layout in layouts.items():
+        if name != LANGUAGE and layout.sp and layout.cp > 1:
+            raise LayoutError(
+                f"{name} ({layout}) has sp and cp: MimoModel gives each cp rank whole items, of "
+                "whose rows sp makes a part on each tp rank. Leave out one of them."
+            )
+    layout = layouts[LANGUAGE]
+    config = unwrapped(model.language_model).config
+    if layout.cp != config.context_parallel_size:
+        raise LayoutError(
+            f"{LANGUAGE} ({layout}) has cp{layout.cp}, its config context_parallel_size="
+            f"{config.context_parallel_size}. Give both the same size."
+        )
+    if layout.cp > 1 and not layout.zigzag:
+        raise LayoutError(
+            f"{LANGUAGE} ({layout}) cuts its sequence into {layout.cp} runs, Megatron gives each "
+            f"cp rank two chunks of {2 * layout.cp}, one from either end. Write zigzag=True."
+        )
+    if layout.tp > 1 and layout.sp != config.sequence_parallel and (layout.sp or layout.cp > 1):
+        raise LayoutError(
+            f"{LANGUAGE} ({layout}) {'cuts' if layout.sp else 'does not cut'} its sequence over "
+            f"tp, its config has sequence_parallel={config.sequence_parallel}. Write "
+            f"sp={config.sequence_parallel} in the layout, or sequence_parallel={layout.sp} in the config."
+        )
+
+
+def no_rows(model: Any) -> torch.Tensor:
+    """What an encoder of a MimoModel returns for no items. Shape: [0, hidden]."""
+    weight = next(model.language_model.parameters())
+    config = unwrapped(model.language_model).config
+    return weight.new_empty((0, config.hidden_size), dtype=config.params_dtype)
+
+
+class MergeInPart:
+    """The merge of text and rows in this rank's part of the sequence, for a MimoModel.
+
+    It does what get_text_embeddings, align_embeddings_by_token_positions and the partition adapter
+    do one after the other, for the positions of this part alone, and waits for no device.
+    """
+
+    def __init__(self, model: Any, layout: Layout, rank: int) -> None:
+        self.model = model
+        self.chunks, parts = cuts(replace(layout, sp=False))
+        self.runs = parts[int(layout.coordinates("cp")[rank])]
+        self.lanes = layout.tp if layout.sp else 1
+        self.lane = int(layout.coordinates("tp")[rank]) if layout.sp else 0
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        rows: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Return the embeddings of the part.
+
+        Shapes: ``input_ids`` [b, s], ``position_ids`` [b, s] or [channels, b, s], ``rows`` [n, h]
+        by sample and position; the result is [s / (cp * lanes), b, h].
+        """
+        ids = self._of_cp(input_ids)
+        if position_ids is not None:
+            position_ids = self._of_cp(position_ids[0] if position_ids.dim() == 3 else position_ids)
+        tokens = self.model.special_token_ids
+        special = torch.zeros_like(ids, dtype=torch.bool)
+        for token in tokens.values():
+            special |= ids == token
+        # A placeholder's id may lie outside the vocabulary; its row replaces the embedding.
+        text = self._embed(ids.masked_fill(special, 0), position_ids)
+        mine = ids.chunk(self.lanes, dim=1)[self.lane]
+        batch = ids.shape[0]
+        places = []
+        for name, value in rows.items():
+            found = torch.nonzero_static(mine == tokens[name], size=len(value))
+            places.append(found[:, 1] * batch + found[:, 0])
+        values = torch.cat(list(rows.values()))
+        merged = text.flatten(0, 1).index_copy(0, torch.cat(places), values.to(text.dtype))
+        return merged.view(text.shape)
+
+    def _of_cp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The positions, in the last dim, that are on this cp rank."""
+        size = tensor.shape[-1] // self.chunks
+        return torch.cat([tensor[..., a * size : b * size] for a, b in self.runs], dim=-1)
+
+    def _embed(self, ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        embedding = unwrapped(self.model.language_model).embedding
+        with _scattering(embedding) if self.lanes > 1 else contextlib.nullcontext():
+            found: torch.Tensor = embedding(input_ids=ids, position_ids=position_ids)
+        return found
+
+
+@contextlib.contextmanager
+def _scattering(embedding: Any) -> Iterator[None]:
+    """Inside, the language model's embedding returns this tp rank's part of the sequence, by a
+    reduce-scatter where no positions are added; MIMO builds it to return the whole one."""
+    words = embedding.word_embeddings
+    kept = [(embedding, "scatter_to_sequence_parallel"), (embedding, "reduce_scatter_embeddings"),
+            (words, "reduce_scatter_embeddings")]  # fmt: skip
+    before = [getattr(owner, name) for owner, name in kept]
+    whole = embedding.add_position_embedding or embedding.num_tokentypes > 0
+    try:
+        for (owner, name), value in zip(kept, (True, not whole, not whole), strict=True):
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name), value in zip(kept, before, strict=True):
+            setattr(owner, name, value)
 
 
 def unwrapped(module: nn.Module) -> Any:

@@ -78,10 +78,15 @@ class Schedule:
 
 @dataclass
 class Encoded:
-    """The values that cross from encode to language: whole, and cut into leaves by microbatch."""
+    """The values that cross from encode to language: whole, and cut into leaves by microbatch.
+
+    ``counts`` gives, of values made of rows, the rows of each microbatch; all others have equally
+    many samples in each.
+    """
 
     nodes: list[fx.Node]
     whole: list[Any]
+    counts: dict[fx.Node, list[int]] = field(default_factory=dict)
     leaves: list[list[Any]] = field(default_factory=list)
 
     def cut(self, microbatches: int) -> None:
@@ -95,15 +100,14 @@ class Encoded:
     def _pairs(self) -> Iterator[tuple[fx.Node, Any]]:
         return zip(self.nodes, self.whole, strict=True)
 
-    @staticmethod
-    def _leaf(node: fx.Node, value: Any, index: int, count: int) -> Any:
-        dim = _batch_dim(node)
+    def _leaf(self, node: fx.Node, value: Any, index: int, count: int) -> Any:
+        dim, counts = _batch_dim(node), self.counts.get(node)
 
         def part(tensor: Any) -> Any:
             if not isinstance(tensor, torch.Tensor) or dim is None:
                 return tensor
-            size = tensor.shape[dim] // count
-            leaf = tensor.detach().narrow(dim, index * size, size)
+            sizes = counts or [tensor.shape[dim] // count] * count
+            leaf = tensor.detach().narrow(dim, sum(sizes[:index]), sizes[index])
             return leaf.requires_grad_(tensor.requires_grad)
 
         return pytree.tree_map(part, value)
@@ -129,6 +133,8 @@ class Encoded:
 
 
 def _batch_dim(node: fx.Node) -> int | None:
+    if "rows" in node.meta:
+        return 0
     found = first_type(node.meta["types"])
     return found.batch if found is not None else None
 
@@ -157,7 +163,7 @@ class Chunks:
         """Backward of the chunk at hand, which adds to the encoders' gradients; encode the next."""
         self._backward(last=False)
         batches = self.todo.pop(0)
-        encoded = Encoded(self.program.cut, [])
+        encoded = Encoded(self.program.cut, [], self.program.row_counts(batches))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train):
             encoded.whole = self.program.encode(batches)
         count = len(batches.microbatches)

@@ -3,15 +3,19 @@ seen."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from colocc.errors import LayoutError
 from colocc.passes.solve.plan import Holding, Plan
 from colocc.runtime.data import Run, cut_sequence, holding_of, sample_runs
 from colocc.runtime.redistribution import Redistribution
+from colocc.runtime.rows import RowRedistribution, Rows
 
 if TYPE_CHECKING:
     from colocc.program import Program
@@ -45,20 +49,39 @@ def check_identity(
             runs[graph.sink] = [
                 (m, replica * part, (replica + 1) * part) for m in range(num_microbatches)
             ]
-        if not move.wanted:
+        if not plan.dst.holds()[rank]:
             runs[plan.dst.module] = []
         held, wanted = (
             _coded(plan, side, move, runs[side.module], batch_size, length)
             for side in (plan.src, plan.dst)
         )
-        _check(f"{name} on rank {rank}", move, held, wanted, num_microbatches * batch_size)
+        where = f"{name} on rank {rank}"
+        if isinstance(move, RowRedistribution):
+            move.rows = _filled(sink.dp, num_microbatches, batch_size, length)
+            _check(where, move, held.flatten(0, 1), wanted.flatten(0, 1), move)
+        else:
+            samples = num_microbatches * batch_size
+            _check(where, move, held, wanted, partial(move, samples=samples))
+
+
+def _filled(replicas: int, microbatches: int, batch_size: int, length: int) -> Rows:
+    """Samples with a row at every position, of one item each."""
+    samples = microbatches * batch_size
+    each = np.full(samples, length)
+    starts = np.arange(samples + 1) * length
+    position = np.tile(np.arange(length), samples)
+    return Rows(replicas, microbatches, starts, position, lengths=each, items=each)
 
 
 def _check(
-    where: str, move: Redistribution, held: torch.Tensor, wanted: torch.Tensor, samples: int
+    where: str,
+    move: Redistribution | RowRedistribution,
+    held: torch.Tensor,
+    wanted: torch.Tensor,
+    run: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     held.requires_grad_()
-    arrived = move(held, samples=samples)
+    arrived = run(held)
     if not torch.equal(arrived.detach(), wanted):
         raise AssertionError(f"{where}: got {arrived.tolist()}, wanted {wanted.tolist()}")
     arrived.backward(wanted)
@@ -70,7 +93,12 @@ def _check(
 
 
 def _coded(
-    plan: Plan, side: Holding, move: Redistribution, runs: list[Run], batch_size: int, length: int
+    plan: Plan,
+    side: Holding,
+    move: Redistribution | RowRedistribution,
+    runs: list[Run],
+    batch_size: int,
+    length: int,
 ) -> torch.Tensor:
     """(sample of the step + 1, row + 1) for each row of the samples of ``runs`` that the rank
     holds, in the dims that ``move`` expects."""
@@ -78,8 +106,10 @@ def _coded(
     codes = torch.ones(len(samples), length, 2, dtype=torch.float64)
     codes[..., 0] *= torch.tensor(samples, dtype=torch.float64).reshape(-1, 1)
     codes[..., 1] *= torch.arange(1, length + 1)
-    if "sequence" in plan.dims:
+    if {"sequence", "row" if side is plan.src else "position"} & set(plan.dims):
         codes = cut_sequence(codes, 1, side.layout, move.rank)
+    if isinstance(move, RowRedistribution):
+        return codes
     if "slice" in plan.dims:
         codes = codes.repeat(1, 1, plan.grid[-1])
     if len(set(move.dims)) < len(move.dims):

@@ -14,12 +14,14 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from colocc.runtime import gradients, megatron, schedule
 from colocc.runtime.data import Batches
 from colocc.runtime.redistribution import Redistribution
+from colocc.runtime.rows import RowRedistribution, rows_held
 
 if TYPE_CHECKING:
     from colocc.program import Program
@@ -67,7 +69,8 @@ def _microbatches_swapped(program: Program) -> contextlib.AbstractContextManager
     return mock.patch.object(Batches, "sink_input", swapped)
 
 
-def _group_permuted(program: Program) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _group_permuted(program: Program) -> Iterator[None]:
     """What arrives from the peers of a group is joined in the reverse of their order."""
     original = Redistribution.__call__
 
@@ -79,10 +82,25 @@ def _group_permuted(program: Program) -> contextlib.AbstractContextManager[Any]:
             return moved.flip(dim)
         return torch.cat(list(reversed(moved.chunk(parts, dim))), dim)
 
-    return mock.patch.object(Redistribution, "__call__", reversed_parts)
+    with (
+        mock.patch.object(Redistribution, "__call__", reversed_parts),
+        mock.patch.object(RowRedistribution, "move", _reversed_rows(RowRedistribution.move)),
+    ):
+        yield
 
 
-def _zero_pad_adjoint(program: Program) -> contextlib.AbstractContextManager[Any]:
+def _reversed_rows(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def reversed_rows(
+        self: RowRedistribution, steps: Any, traffic: Any, value: torch.Tensor
+    ) -> torch.Tensor:
+        moved = original(self, steps, traffic, value)
+        return moved.flip(0) if steps is self.forward_steps else moved
+
+    return reversed_rows
+
+
+@contextlib.contextmanager
+def _zero_pad_adjoint(program: Program) -> Iterator[None]:
     """Backward keeps what this rank had itself and fills the rest with zeros, as a local narrow's
     own autograd would."""
     original = Redistribution.move
@@ -96,7 +114,28 @@ def _zero_pad_adjoint(program: Program) -> contextlib.AbstractContextManager[Any
         own = _own_part(self, moved)
         return torch.where(own, moved, torch.zeros_like(moved))
 
-    return mock.patch.object(Redistribution, "move", padded)
+    with (
+        mock.patch.object(Redistribution, "move", padded),
+        mock.patch.object(RowRedistribution, "move", _padded_rows(RowRedistribution.move)),
+    ):
+        yield
+
+
+def _padded_rows(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def padded(
+        self: RowRedistribution, steps: Any, traffic: Any, value: torch.Tensor
+    ) -> torch.Tensor:
+        moved = original(self, steps, traffic, value)
+        if steps is self.forward_steps or self.rows is None:
+            return moved
+        held, read = (
+            rows_held(self.plan, side, self.rows, self.rank)
+            for side in (self.plan.src, self.plan.dst)
+        )
+        own = torch.from_numpy(np.isin(held, read)).to(moved.device)
+        return moved * own[:, None]
+
+    return padded
 
 
 def _own_part(move: Redistribution, moved: torch.Tensor) -> torch.Tensor:

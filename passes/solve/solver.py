@@ -92,6 +92,7 @@ def solve(
         scale=scale,
         value=value,
         reasons=tuple(reasons),
+        ranks_per_node=ranks_per_node,
     )
 
 

@@ -1,0 +1,312 @@
+"""Which images a sample has, which rows they make, and the encoder inputs of this rank's samples.
+
+An encoder's input holds items (images, clips), some number of them for each sample; each makes
+rows, one for each of its placeholders in ``input_ids``. The placeholders say how many rows a sample
+has. How many items these are follows if all items make equally many rows, or from ``rows``: a
+function of one microbatch's encoder inputs that returns the rows of each item.
+
+All of this is host arithmetic on the global batch: every rank finds the same, and the same errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from colocc.errors import LayoutError
+from colocc.passes.shapes import lookup, tensors_of
+from colocc.passes.solve.plan import Intervals
+from colocc.runtime.rows import Ids, Rows, samples_in, units_of
+
+RowsPerItem = Callable[[Any], "torch.Tensor | Sequence[int]"]
+INPUTS = "modality_inputs"
+
+
+def on_host(ids: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """The tensors as arrays; one wait for all of them where they are on a device."""
+    copies = [
+        torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
+        if t.is_cuda
+        else t
+        for t in ids
+    ]
+    if any(t.is_cuda for t in ids):
+        torch.cuda.current_stream().synchronize()
+    return [copy.numpy() for copy in copies]
+
+
+class Ragged:
+    """The rows and items of all modules that make rows, for the microbatches of one step."""
+
+    def __init__(
+        self,
+        microbatches: Sequence[Mapping[str, Any]],
+        tokens: Mapping[str, int],
+        *,
+        replicas: int,
+        rows_per_item: Mapping[str, RowsPerItem] | None = None,
+        templates: dict[str, Any] | None = None,
+    ) -> None:
+        """``tokens`` is the placeholder of each module; ``replicas`` the reader's dp.
+        ``templates`` keeps the inputs of one item of each module, for steps that have none.
+
+        Raises: LayoutError for items and placeholders that do not match, with the first sample.
+        """
+        ids = on_host([batch["input_ids"] for batch in microbatches]) if tokens else []
+        given = rows_per_item or {}
+        self.templates = {} if templates is None else templates
+        self.modules = {
+            name: _Module(name, microbatches, ids, token, replicas, given.get(name))
+            for name, token in tokens.items()
+        }
+        for name, module in self.modules.items():
+            template = module.template()
+            if template is not None:
+                self.templates[name] = template
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        return {name: module.rows for name, module in self.modules.items()}
+
+    def encoder_input(self, name: str, units: Intervals, count: int, path: tuple[str, ...]) -> Any:
+        """The part of an input of module ``name`` that holds the items of ``units``, of ``count``
+        in a step.
+
+        Where there are none, one item of the step, or of one before it: encoders need not take an
+        empty batch, and yet run the collectives of their peers; its rows count for nothing. None
+        where no step has had an item.
+        """
+        module = self.modules[name]
+        samples = samples_in(units, units_of(module.rows.samples, module.rows.replicas, count))
+        parts = module.cut(samples, path)
+        if not parts:
+            return lookup({INPUTS: self.templates}, path)
+        return _join(parts)
+
+
+@dataclass(frozen=True)
+class _Items:
+    """The items of one microbatch: how many each sample has, and the rows of each."""
+
+    per_sample: Ids
+    rows: Ids
+    starts: Ids
+
+    @classmethod
+    def make(cls, per_sample: Ids, rows: Ids) -> _Items:
+        return cls(per_sample, rows, np.concatenate([[0], np.cumsum(per_sample)]))
+
+
+class _Module:
+    """The rows and items of one module."""
+
+    def __init__(
+        self,
+        name: str,
+        microbatches: Sequence[Mapping[str, Any]],
+        ids: Sequence[np.ndarray],
+        token: int,
+        replicas: int,
+        rows_per_item: RowsPerItem | None,
+    ) -> None:
+        self.name, self.microbatches, self.replicas = name, microbatches, replicas
+        masks = [found == token for found in ids]
+        self.counts = [mask.sum(axis=1) for mask in masks]
+        self.inputs = [lookup(batch, (INPUTS, name)) for batch in microbatches]
+        if rows_per_item is None:
+            self.items = self._alike()
+        else:
+            self.items = [self._stated(index, rows_per_item) for index in range(len(microbatches))]
+        self.rows = self._rows(masks)
+
+    # ------------------------------------------------------------ items
+
+    def _number(self, index: int) -> int:
+        """The items of a microbatch: dim 0 of its inputs."""
+        sizes = {
+            ".".join(path): tensor.shape[0]
+            for path, tensor in tensors_of(self.inputs[index], (INPUTS, self.name))
+            if tensor.dim()
+        }
+        if len(set(sizes.values())) > 1:
+            (first, one), (second, two) = [
+                next((n, s) for n, s in sizes.items() if s == size)
+                for size in list(dict.fromkeys(sizes.values()))[:2]
+            ]
+            raise LayoutError(
+                f"microbatch {index} has {one} items in {first} and {two} in {second}: dim 0 of "
+                f"both counts the items of {self.name}. Make them equal, or say how many rows each "
+                f"item makes: compile(..., rows={{{self.name!r}: function of the inputs}})"
+            )
+        return next(iter(sizes.values()), 0)
+
+    def _alike(self) -> list[_Items]:
+        """The items of every microbatch where all of them make equally many rows."""
+        numbers = [self._number(index) for index in range(len(self.microbatches))]
+        total, items = sum(int(c.sum()) for c in self.counts), sum(numbers)
+        if items == 0 and total == 0:
+            return [_Items.make(np.zeros_like(c), np.zeros(0, np.int64)) for c in self.counts]
+        if items == 0 or total == 0:
+            raise self._unpaired(total, items)
+        each = total // items
+        found = []
+        for index, (count, number) in enumerate(zip(self.counts, numbers, strict=True)):
+            odd = np.flatnonzero(count % each) if each else np.arange(0)
+            if total % items or len(odd) or int(count.sum()) != each * number:
+                raise self._mismatch(index, numbers, total, odd)
+            found.append(_Items.make(count // each, np.full(number, each)))
+        return found
+
+    def _unpaired(self, total: int, items: int) -> LayoutError:
+        if items:
+            return LayoutError(
+                f"{self.name}: the step has {items} items and no placeholder in input_ids: each "
+                "item needs as many as it makes rows. Leave the items out, or put placeholders in."
+            )
+        index, sample = next(
+            (i, int(np.flatnonzero(count)[0])) for i, count in enumerate(self.counts) if count.any()
+        )
+        return LayoutError(
+            f"{self.name}: sample {sample} of microbatch {index} has "
+            f"{self.counts[index][sample]} placeholders in input_ids, and the step has no items. "
+            f"Give {INPUTS}[{self.name!r}], or leave the placeholders out."
+        )
+
+    def _mismatch(self, index: int, numbers: Sequence[int], total: int, odd: Ids) -> LayoutError:
+        items = sum(numbers)
+        count = self.counts[index]
+        text = f"{self.name}: the step has {total} placeholders in input_ids for {items} items"
+        if total % items:
+            text += f", {total} / {items} is not whole"
+        elif len(odd):
+            text += (
+                f", {total // items} each, but sample {odd[0]} of microbatch {index} has "
+                f"{count[odd[0]]}"
+            )
+        else:
+            text += (
+                f", {total // items} each, but microbatch {index} has {int(count.sum())} "
+                f"placeholders for {numbers[index]} items"
+            )
+        worst = ", ".join(map(str, count[:8].tolist())) + ("..." if len(count) > 8 else "")
+        return LayoutError(
+            f"{text} (samples of microbatch {index} have {worst}). Make them match; if items make "
+            f"different numbers of rows, say how many: compile(..., rows={{{self.name!r}: function "
+            "of one microbatch's inputs})"
+        )
+
+    def _stated(self, index: int, rows_per_item: RowsPerItem) -> _Items:
+        """The items of one microbatch, with the rows that the user's function says."""
+        given, count = self.inputs[index], self.counts[index]
+        said = [] if given is None else rows_per_item(given)
+        rows = np.asarray(torch.as_tensor(said).cpu(), dtype=np.int64).ravel()
+        ends, borders = np.cumsum(rows), np.cumsum(count)
+        stops = np.searchsorted(ends, borders, side="right")
+        reached = np.concatenate([[0], ends])[stops]
+        bad = np.flatnonzero(reached != borders)
+        if len(bad) or int(rows.sum()) != int(count.sum()) or (rows < 1).any():
+            sample = int(bad[0]) if len(bad) else len(count) - 1
+            first = int(stops[sample - 1]) if sample else 0
+            have = rows[first : stops[sample] + 1].tolist() if len(bad) else rows[first:].tolist()
+            raise LayoutError(
+                f"{self.name}: sample {sample} of microbatch {index} has {count[sample]} "
+                f"placeholders in input_ids, its next items make {' + '.join(map(str, have)) or 0} "
+                f"rows; the microbatch has {int(count.sum())} placeholders and {len(rows)} items "
+                f"of {int(rows.sum())} rows. Make them match."
+            )
+        self._check_inputs(index, rows)
+        return _Items.make(np.diff(stops, prepend=0), rows)
+
+    def _rows(self, masks: Sequence[np.ndarray]) -> Rows:
+        """The rows of all samples, in the reader's order."""
+        positions, lengths, counts, items = [], [], [], []
+        for replica in range(self.replicas):
+            for mask, found in zip(masks, self.items, strict=True):
+                size = len(mask) // self.replicas
+                mine = mask[replica * size : (replica + 1) * size]
+                positions.append(mine.nonzero()[1])
+                counts.append(mine.sum(axis=1))
+                lengths.append(np.full(size, mask.shape[1]))
+                first, last = found.starts[[replica * size, (replica + 1) * size]]
+                items.append(found.rows[first:last])
+        return Rows(
+            self.replicas,
+            len(masks),
+            np.concatenate([[0], np.cumsum(np.concatenate(counts))]),
+            np.concatenate(positions),
+            np.concatenate(lengths),
+            np.concatenate(items),
+        )
+
+    # ------------------------------------------------------------ inputs
+
+    def template(self) -> Any:
+        """This module's inputs of one item; None where no microbatch has any."""
+        index = next((i for i, found in enumerate(self.items) if len(found.rows)), None)
+        return None if index is None else self._items_of(index, 0, 1, (INPUTS, self.name))
+
+    def cut(self, samples: Ids, path: tuple[str, ...]) -> list[Any]:
+        """The items of ``samples``, in runs of neighbours within a microbatch."""
+        size = self.rows.samples // (self.replicas * len(self.items))
+        replica, inside = np.divmod(samples, size * len(self.items))
+        microbatch, place = np.divmod(inside, size)
+        place = replica * size + place
+        runs: list[list[int]] = []
+        for index, sample in zip(microbatch.tolist(), place.tolist(), strict=True):
+            starts = self.items[index].starts
+            first, last = int(starts[sample]), int(starts[sample + 1])
+            if first == last:
+                continue
+            if runs and runs[-1][0] == index and runs[-1][2] == first:
+                runs[-1][2] = last
+            else:
+                runs.append([index, first, last])
+        return [self._items_of(*run, path) for run in runs]
+
+    def _items_of(self, index: int, first: int, last: int, path: tuple[str, ...]) -> Any:
+        found = self.items[index]
+        before = np.concatenate([[0], np.cumsum(found.rows)])
+
+        def narrow(leaf: torch.Tensor) -> torch.Tensor:
+            if leaf.shape[0] == len(found.rows):
+                return leaf.narrow(0, first, last - first)
+            per_row = leaf.shape[0] // int(before[-1])
+            start, stop = int(before[first]) * per_row, int(before[last]) * per_row
+            return leaf.narrow(0, start, stop - start)
+
+        return _narrow(lookup(self.microbatches[index], path), narrow)
+
+    def _check_inputs(self, index: int, rows: Ids) -> None:
+        """Raise LayoutError for a tensor that has entries neither for each item nor for each
+        row."""
+        total = int(rows.sum())
+        for path, tensor in tensors_of(self.inputs[index], (INPUTS, self.name)):
+            size = tensor.shape[0] if tensor.dim() else len(rows)
+            if size != len(rows) and (total == 0 or size % total):
+                raise LayoutError(
+                    f"{'.'.join(path)} of microbatch {index} has {size} entries in dim 0: neither "
+                    f"one for each of the {len(rows)} items nor equally many for each of their "
+                    f"{total} rows"
+                )
+
+
+def _narrow(value: Any, cut: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    return pytree.tree_map(
+        lambda leaf: cut(leaf) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf, value
+    )
+
+
+def _join(parts: list[Any]) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+
+    def join(*leaves: Any) -> Any:
+        whole = isinstance(leaves[0], torch.Tensor) and leaves[0].dim()
+        return torch.cat(leaves) if whole else leaves[0]
+
+    return pytree.tree_map(join, *parts)
