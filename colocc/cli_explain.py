@@ -100,9 +100,9 @@ def explain(
     samples = value.dims[0].samples
     if samples % plan.units:
         raise LayoutError(
-            f"{tensor} has {samples} samples, which {src[0]} ({src[1]}) and {dst[0]} ({dst[1]}) cut "
-            f"into {plan.units} equal parts: {samples} % {plan.units} = {samples % plan.units}. "
-            f"Make it a multiple of {plan.units}."
+            f"{tensor} has {samples} samples, which {src[0]} ({src[1]}) and {dst[0]} ({dst[1]}) "
+            f"cut into {plan.units} equal parts: {samples} % {plan.units} = "
+            f"{samples % plan.units}. Make it a multiple of {plan.units}."
         )
     check(plan)
     return plan

@@ -1,6 +1,6 @@
-"""What each rank receives, for small layouts: the plan, the lower bound, and all-gather-then-narrow.
+"""What each rank receives for small layouts: the plan, its bound, and all-gather-then-narrow.
 
-    python examples/benchmark/received.py
+    python -m examples.benchmark.received
 
 Prints a markdown table of the busiest rank's bytes, as parts of the whole value. All-gather-then-
 narrow is what a hand-written communicator does: every rank, on every stage, first has all samples
@@ -9,13 +9,8 @@ of its replica whole, and then keeps what it needs; backward the same for the gr
 
 from __future__ import annotations
 
-import sys
 from fractions import Fraction
 from math import prod
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 from colocc.layout import Layout
 from colocc.passes.solve.check import check
@@ -61,7 +56,7 @@ def gathered(plan: Plan) -> tuple[Fraction, Fraction]:
     forward = [
         _lacks([plan.dst.slots[slot]], box, plan) for slot, box in zip(dp, have, strict=True)
     ]
-    # The reader's gradient of all replicas that the rank's samples belong to, where it is not whole.
+    # The reader's gradient of all replicas that the rank's samples belong to.
     backward = [
         _lacks([slot for slot in plan.dst.slots if overlap(slot, box[0])], held, plan)
         for box, held in zip(have, need, strict=True)

@@ -1,6 +1,6 @@
 """How long solving and proving one edge takes, and how much memory, by the number of ranks.
 
-    python examples/benchmark/solver.py
+    python -m examples.benchmark.solver
 
 Prints a markdown table: the median of several runs on one core, each in a process of its own, so
 that the peak memory is that of one edge.
@@ -14,10 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 from colocc.layout import Layout
 from colocc.passes.solve.check import check
@@ -59,6 +55,7 @@ def measure(edge: tuple[str, str], ranks: int) -> dict[str, float]:
 
 
 def main() -> int:
+    """Print the table, or what one process measured; the exit status."""
     if len(sys.argv) > 1:
         print(json.dumps(measure(EDGES[int(sys.argv[1])], int(sys.argv[2]))))
         return 0
@@ -78,7 +75,7 @@ def main() -> int:
 
 
 def _run(index: int, ranks: int) -> dict[str, float]:
-    command = [sys.executable, __file__, str(index), str(ranks)]
+    command = [sys.executable, "-m", "examples.benchmark.solver", str(index), str(ranks)]
     found: dict[str, float] = json.loads(
         subprocess.run(command, capture_output=True, check=True).stdout
     )
