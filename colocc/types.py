@@ -117,9 +117,9 @@ class Type:
         Raises: LayoutError if the layout cannot cut the sequence.
         """
         moved = replace(self, module=module, layout=layout, stages=stages)
-        return (
-            moved if self.sequence is None else moved.cut(self.sequence, f"{module} reads a value")
-        )
+        if self.sequence is None:
+            return moved
+        return moved.cut(self.sequence, f"what {module} reads of {self.module}")
 
     def cut(self, sequence: int, what: str) -> Type:
         """This value with its sequence in dim ``sequence``, cut as its layout says.
@@ -136,7 +136,7 @@ class Type:
                 f"to hold the sequence. Give sequence_dims a dim below {len(self.dims)}."
             )
         dim, axes = self.dims[sequence], axes_of(self.layout)
-        check_length(f"{what}: {self.module} ({self.layout})", dim.rows, self.layout)
+        check_length(f"{what}, on {self.module} ({self.layout}),", dim.rows, self.layout)
         if sequence == self.batch:
             axes += ("dp",)
         dims = (*self.dims[:sequence], replace(dim, axes=axes), *self.dims[sequence + 1 :])

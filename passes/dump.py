@@ -249,18 +249,17 @@ def _moved(graph: Graph) -> list[str]:
     plans = list(graph.plans.values())
     collectives = sum(bool(step.groups) for p in plans for step in p.forward + p.backward)
     count = f"{collectives} collective{'s' * (collectives != 1)} per step"
-    above = any(any(_above(plan)) for plan in plans)
-    bound = "above the bound" if above else "at the bound"
-    totals = [Fraction(0), Fraction(0)]
+    totals, bounds = [Fraction(0), Fraction(0)], [Fraction(0), Fraction(0)]
     for plan in plans:
         size = plan.cell_bytes()
         if size is None:
-            return [f"moved   {bound}, {count}"]
-        for index, cells in enumerate(plan.received_cells()):
-            totals[index] += size * int(cells.max())
-    size_text = f"for a batch of {graph.batch_size}, " if graph.batch_size else ""
-    fwd, bwd = (human(total) for total in totals)
-    return [f"moved   fwd {fwd}, bwd {bwd} per receiving rank {size_text}{bound}, {count}"]
+            return [f"moved   {count}"]
+        for index in range(2):
+            totals[index] += size * int(plan.received_cells()[index].max())
+            bounds[index] += size * int(plan.bound_cells()[index].max())
+    batch = f"for a batch of {graph.batch_size}" if graph.batch_size else ""
+    moved, bound = (f"fwd {human(fwd)}, bwd {human(bwd)}" for fwd, bwd in (totals, bounds))
+    return [f"moved   {moved} per receiving rank {batch}, {count}", f"bound   {bound}"]
 
 
 def _table(rows: list[list[str]], indent: str) -> list[str]:
@@ -321,7 +320,7 @@ def dot(graph: Graph) -> str:
     for node in graph.fx.nodes:
         if node.name in graph.plans:
             plan = graph.plans[node.name]
-            label = "\\n".join([_kind(plan), *plan.where])
+            label = "\\n".join([plan.kind, *plan.where])
             lines.append(f'  {node.name} [style=filled, fillcolor="#ffd9a0", label="{label}"];')
         for source in node.all_input_nodes if node.op != "output" else []:
             lines.append(

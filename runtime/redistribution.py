@@ -111,8 +111,8 @@ class Redistribution:
     def _samples_of_unit(self, count: int, samples: int | None) -> int:
         if samples is None or samples % self.plan.units:
             raise LayoutError(
-                f"{self.name}: one dim holds the rows of all samples, of {samples} in the step: "
-                f"their number must be known, and a multiple of {self.plan.units}."
+                f"{self.name}: dim {self.dims[0]} holds the rows of all samples of the step, and "
+                f"their number is {samples}: it must be given, as a multiple of {self.plan.units}."
             )
         own = samples // self.plan.units * self.held
         if count % max(1, own):

@@ -63,8 +63,8 @@ phase 1  encode           all ranks, all samples of the step at once
   %images                   f32[8*3@dp,32]   images         [6,32]    images(encoder_inputs=%moda...
 + %images_language          f32[8*3@dp,32]   language pp0   [12,32]   redistribute(%images)
 +   fan_in x2   images tp2 dp4 -> language tp2 pp2 dp2   where language.dp = images.dp%2
-+   fwd   all_to_all(dim=0, to pp0)     768 B   [0,4] [1,5] [2,6] [3,7]
-+   bwd   all_to_all(dim=0, from pp0)   768 B   [0,4] [1,5] [2,6] [3,7]
++   fwd   send_recv(dim=0, to pp0)     768 B   [0,4] [1,5] [2,6] [3,7]
++   bwd   send_recv(dim=0, from pp0)   768 B   [0,4] [1,5] [2,6] [3,7]
 +   at    model/base.py:809 embeddings = submodule.forward(encoder_inputs=modality_inputs[modalit...
   %audio                    f32[8*3@dp,32]   audio          [24,32]   audio(encoder_inputs=%modal...
 + %audio_language           f32[8*3@dp,32]   language pp0   [12,32]   redistribute(%audio)
@@ -86,6 +86,7 @@ phase 2  language         1f1b over 2 stages, by microbatch
 phase 3  encode backward  audio and images, all samples at once; then finalise once
 
 moved   fwd 768 B, bwd 3.75 KiB per receiving rank for a batch of 8, 3 collectives per step
+bound   fwd 768 B, bwd 3.75 KiB
 """,
     )
     expecttest.assert_expected_inline(

@@ -1,5 +1,7 @@
 """Types print as the dump shows them, and read back."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,43 @@ def test_prints_the_global_and_the_local_shape(value: Type, text: str, local: st
     assert str(value) == text
     assert value.local() == local
     assert Type.parse(text, "images", LAYOUT) == value
+
+
+LONG = Layout(tp=2, cp=4, sp=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "local", "batch", "sequence"),
+    [
+        ("bf16[8@dp,576@tp@cp,4096]", "[8,72,4096]", 0, 1),
+        ("bf16[576@tp@cp,8@dp,4096]", "[72,8,4096]", 1, 0),
+        ("bf16[8*576@tp@cp@dp,4096]", "[576,4096]", 0, 0),
+        ("bf16[8@dp,576@cp]", "[8,144]", 0, 1),
+    ],
+)
+def test_a_sequence_that_axes_cut(text: str, local: str, batch: int, sequence: int) -> None:
+    value = Type.parse(text, "language", LONG)
+    assert (str(value), value.local()) == (text, local)
+    assert (value.batch, value.sequence) == (batch, sequence)
+
+
+def test_on_cuts_the_sequence_as_the_reader_does() -> None:
+    whole = replace(make(Dim(8, 1, ("dp",)), Dim(1, 576), Dim(1, 64)), sequence=1)
+    moved = whole.on("language", LONG)
+    assert (str(moved), moved.local()) == ("bf16[8@dp,576@tp@cp,64]", "[8,72,64]")
+    assert str(moved.on("images", LAYOUT)) == str(whole)
+    flat = replace(make(Dim(8, 576, ("dp",)), Dim(1, 64)), sequence=0).on("language", LONG)
+    assert (str(flat), flat.local()) == ("bf16[8*576@tp@cp@dp,64]", "[576,64]")
+
+
+def test_a_sequence_that_the_reader_cannot_cut_is_refused() -> None:
+    whole = replace(make(Dim(8, 1, ("dp",)), Dim(1, 575)), sequence=1)
+    with pytest.raises(LayoutError, match=r"what language reads of images.* 575 % 8 = 7"):
+        whole.on("language", LONG)
+    with pytest.raises(
+        LayoutError, match=r"images: .* has no dim 2, which is to hold the sequence"
+    ):
+        whole.cut(2, "images")
 
 
 dims = st.builds(

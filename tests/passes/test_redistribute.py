@@ -93,23 +93,35 @@ class Chain(Trio):
         return out
 
 
-def test_between_two_encoders_the_layouts_must_be_one() -> None:
+def test_between_two_encoders_layouts_may_differ() -> None:
     layouts = {
         "vision": Layout(tp=2, dp=4),
         "audio": Layout(tp=4, dp=2),
         "language": Layout(tp=4, dp=2),
     }
-    batch = {"images": TRIO_BATCH["images"]}
-    call = lambda: graph_of(Chain(), layouts, batch)  # noqa: E731
-    assert_expected_inline(
-        refusal(LayoutError, call),
-        """\
-audio (tp4 dp2) reads getitem of vision (tp2 dp4): between two encoders the layouts must be one,
-    only language may differ. Write audio as tp2 dp4.""",
-    )
-    assert list(graph_of(Chain(), {**layouts, "audio": layouts["vision"]}, batch).plans) == [
-        "audio_language"
-    ]
+    graph = graph_of(Chain(), layouts, {"images": TRIO_BATCH["images"]})
+    # The audio encoder has the language model's layout, so what it reads is all that moves.
+    assert list(graph.plans) == ["getitem_audio"]
+    (plan,) = graph.plans.values()
+    assert (plan.src.module, plan.dst.module) == ("vision", "audio")
+    layouts["audio"] = layouts["vision"]
+    graph = graph_of(Chain(), layouts, {"images": TRIO_BATCH["images"]})
+    assert list(graph.plans) == ["audio_language"]
+
+
+def test_encoders_hold_the_samples_of_the_sink_s_replicas() -> None:
+    layouts = {
+        "vision": Layout(dp=8),
+        "audio": Layout(tp=4, dp=2),
+        "language": Layout(tp=2, pp=2, dp=2),
+    }
+    graph = graph_of(Chain(), layouts, {"images": TRIO_BATCH["images"]})
+    first, second = graph.plans.values()
+    # What vision hands to audio is what audio hands on, in a finer grid.
+    finer = first.units // second.units
+    assert finer == 4
+    for read, held in zip(first.dst.units(), second.src.units(), strict=True):
+        assert read == tuple((start * finer, stop * finer) for start, stop in held)
 
 
 class Both(nn.Linear):
@@ -136,11 +148,88 @@ language on language (tp4 dp2) reads vision of vision (tp2 dp4), which is not on
     )
 
 
-def test_layouts_that_no_plan_covers_are_refused() -> None:
+def test_layouts_whose_dp_do_not_divide_are_bridged() -> None:
     layouts = {"vision": Layout(tp=4, dp=3), "language": Layout(tp=3, dp=4)}
-    batch = {"images": torch.zeros(12, 16)}
-    with pytest.raises(LayoutError, match="4 % 3 = 1, neither divides the other"):
-        graph_of(Pair(), layouts, batch)
+    graph = graph_of(Pair(), layouts, {"images": torch.zeros(12, 16)})
+    (plan,) = graph.plans.values()
+    assert (plan.units, plan.kind, plan.ratio) == (12, "fan_out", Fraction(4, 3))
+    assert plan.scale == Fraction(3, 4)
+
+
+# ---------------------------------------------------------------- the sequence
+
+
+CUT = {"vision": Layout(tp=2, dp=4), "language": Layout(tp=2, cp=2, dp=2, sp=True, zigzag=True)}
+LONG = {"images": torch.zeros(8, 16, 16), "mask": torch.ones(8, 16)}
+
+
+class Masked(Pair):
+    """Glue on the reader's side takes an input that has the same sequence."""
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.language(self.vision(images) * mask.unsqueeze(-1))
+        return out
+
+
+def test_a_sequence_that_is_known_is_cut_for_its_reader() -> None:
+    sequence_dims = {"vision": 1, "mask": 1}
+    graph = graph_of(Masked(), CUT, LONG, sequence_dims=sequence_dims)
+    (plan,) = graph.plans.values()
+    assert (plan.dims, plan.grid) == (("sample", "sequence"), (4, 4))
+    assert plan.dst.partial == ()
+    types = {node.name: str(node.meta["types"]) for node in graph.fx.nodes if node.op != "output"}
+    assert types["vision"] == "f32[8@dp,16,8]"
+    assert types["mul_language"] == "f32[8@dp,16@tp@cp,8]"
+    assert types["mask"] == "f32[8@dp,16]"
+
+
+def test_a_sequence_that_is_not_known_is_read_whole() -> None:
+    (plan,) = graph_of(Masked(), CUT, LONG).plans.values()
+    assert (plan.dims, plan.dst.partial) == (("sample",), ("cp",))
+
+
+def test_equal_grids_that_cut_the_sequence_otherwise_are_a_mismatch() -> None:
+    layouts = {"vision": Layout(tp=2, dp=4), "language": Layout(tp=2, dp=4, sp=True)}
+    assert not graph_of(Pair(), layouts, {"images": LONG["images"]}).plans
+    graph = graph_of(Pair(), layouts, {"images": LONG["images"]}, sequence_dims={"vision": 1})
+    (plan,) = graph.plans.values()
+    assert [step.kind for step in plan.forward + plan.backward] == ["narrow", "all_gather"]
+
+
+def test_equal_layouts_with_cp_add_the_gradients_of_what_all_read() -> None:
+    layout = Layout(tp=2, cp=2, dp=2)
+    (plan,) = graph_of(
+        Pair(), dict.fromkeys(CUT, layout), {"images": LONG["images"]}
+    ).plans.values()
+    assert plan.forward == ()
+    assert [step.kind for step in plan.backward] == ["all_reduce"]
+    # The source's gradient is averaged over its cp ranks, which are alike.
+    assert plan.scale == Fraction(1, 2)
+
+
+def test_a_length_that_cannot_be_cut_is_refused() -> None:
+    call = lambda: graph_of(  # noqa: E731
+        Pair(), CUT, {"images": torch.zeros(8, 10, 16)}, sequence_dims={"vision": 1}
+    )
+    assert_expected_inline(
+        refusal(LayoutError, call),
+        """\
+what language reads of vision, on language (tp2 cp2 dp2 sp zigzag), has a sequence of 10, which
+    cp2 and tp2 sp (2 chunks for each cp rank) cut into 4 equal chunks: 10 % 4 = 2. Make it a
+    multiple of 4.""",
+    )
+
+
+def test_a_value_without_the_dim_is_refused() -> None:
+    call = lambda: graph_of(  # noqa: E731
+        Pair(), CUT, {"images": torch.zeros(8, 16)}, sequence_dims={"vision": 2}
+    )
+    assert_expected_inline(
+        refusal(LayoutError, call),
+        """\
+vision (passes/kit.py:36 x = self.vision(images)): f32[8@dp,8] on vision (tp2 dp4) has no dim 2,
+    which is to hold the sequence. Give sequence_dims a dim below 2.""",
+    )
 
 
 def test_the_name_of_an_inserted_node_is_free() -> None:

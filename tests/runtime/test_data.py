@@ -17,7 +17,14 @@ from colocc.layout import Layout
 from colocc.passes.graph import Graph
 from colocc.passes.solve.plan import Plan
 from colocc.passes.solve.solver import solve
-from colocc.runtime.data import Batches, check_batches, check_divides, holding_of, sample_runs
+from colocc.runtime.data import (
+    Batches,
+    check_batches,
+    check_divides,
+    cut_sequence,
+    holding_of,
+    sample_runs,
+)
 
 ORDERS = ["tp-cp-ep-dp-pp", "tp-cp-pp-dp", "dp-pp-tp"]
 
@@ -36,9 +43,7 @@ def pairs(world: int) -> Iterator[tuple[Layout, Layout]]:
     """Encoder and language layouts of ``world`` ranks that a plan covers."""
     for order in ORDERS:
         encoders, languages = layouts(world, order, (1,)), layouts(world, order, (1, 2, 4))
-        for src, dst in itertools.product(encoders, languages):
-            if max(src.dp, dst.dp) % min(src.dp, dst.dp) == 0:
-                yield src, dst
+        yield from itertools.product(encoders, languages)
 
 
 def follow(plan: Plan, encoded: list[list[Any]], per_unit: int) -> list[list[Any]]:
@@ -95,8 +100,6 @@ def test_large_worlds(data: st.DataObject) -> None:
     order = data.draw(st.sampled_from(ORDERS))
     src = data.draw(st.sampled_from(layouts(world, order, (1,))))
     dst = data.draw(st.sampled_from(layouts(world, order, (1, 2, 4))))
-    if max(src.dp, dst.dp) % min(src.dp, dst.dp):
-        return
     plan = solve(("images", src), ("language", dst), scale=Fraction(1))
     microbatches = data.draw(st.integers(1, 5))
     size = plan.units * data.draw(st.integers(1, 2))
@@ -115,6 +118,34 @@ def test_runs_are_as_long_as_can_be() -> None:
     assert sample_runs(plan.src, 8, 1, 8, 0) == [(0, 0, 8)]
     # Replica by replica, and within it microbatch by microbatch.
     assert sample_runs(plan.src, 8, 2, 8, 0)[:4] == [(0, 0, 1), (1, 0, 1), (0, 1, 2), (1, 1, 2)]
+
+
+@pytest.mark.parametrize(("slots", "replicas"), [(3, 2), (2, 3), (8, 2), (5, 4), (6, 6), (1, 4)])
+@pytest.mark.parametrize("part", [1, 2, 5])
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_slots_of_samples_that_do_not_divide(
+    slots: int, replicas: int, part: int, microbatches: int
+) -> None:
+    src, dst = Layout(tp=replicas, dp=slots), Layout(tp=slots, dp=replicas)
+    plan = solve(("images", src), ("language", dst))
+    size = part * replicas
+    held: list[list[tuple[int, int]]] = [[] for _ in range(slots)]
+    for rank, slot in enumerate(src.coordinates("dp").tolist()):
+        found = ids(sample_runs(plan.src, replicas, microbatches, size, rank))
+        assert held[slot] in ([], found)
+        held[slot] = found
+    everything = [item for items in held for item in items]
+    assert sorted(everything) == [(m, s) for m in range(microbatches) for s in range(size)]
+    # Unit u of U holds the samples from floor(u * n / U) to floor((u + 1) * n / U) of a replica.
+    count, inside = plan.units // replicas, microbatches * part
+    for slot, runs in enumerate(plan.src.slots):
+        wanted = [
+            (place // part, unit // count * part + place % part)
+            for start, stop in runs
+            for unit in range(start, stop)
+            for place in range(unit % count * inside // count, (unit % count + 1) * inside // count)
+        ]
+        assert held[slot] == wanted
 
 
 # ---------------------------------------------------------------- Batches
@@ -235,3 +266,37 @@ def test_a_step_that_the_slots_cannot_share() -> None:
     with pytest.raises(LayoutError, match=r"images \(tp1 dp8\) must cut into 4 .*: 6 % 4 = 2"):
         check_divides(graph, 3, 4)
     check_divides(graph, 2, 4)
+
+
+def test_uneven_slots_are_allowed_where_sizes_come_with_the_values() -> None:
+    graph = graph_of(Layout(dp=8), Layout(tp=4, dp=2))
+    pixels = next(n for n in graph.placeholders() if n.meta["path"][0] == "pixels")
+    steps = [batch(2, 0)]
+    with pytest.raises(LayoutError, match="must cut into 4 equal parts"):
+        Batches(graph, steps, 0, {})
+    cuts = [Batches(graph, steps, rank, {}, uneven=True).encoder_input(pixels) for rank in range(8)]
+    assert sorted(len(cut) for cut in cuts) == [0] * 6 + [1, 1]
+    assert all(cut.shape[1:] == (3, 2) for cut in cuts)
+    with pytest.raises(LayoutError, match="3 % 2 = 1"):
+        Batches(graph, [batch(3, 0)], 0, {}, uneven=True)
+
+
+SEQUENCE = list(range(24))
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "wanted"),
+    [
+        (Layout(cp=2, dp=4), 1, SEQUENCE[12:]),
+        (Layout(cp=2, dp=4, zigzag=True), 0, SEQUENCE[:6] + SEQUENCE[18:]),
+        (Layout(cp=2, dp=4, zigzag=True), 1, SEQUENCE[6:18]),
+        (Layout(tp=2, cp=2, dp=2, zigzag=True, sp=True), 1, SEQUENCE[18:]),
+        (Layout(tp=2, cp=2, dp=2, zigzag=True, sp=True), 2, SEQUENCE[6:12]),
+        (Layout(tp=2, dp=4, sp=True), 1, SEQUENCE[12:]),
+        (Layout(tp=2, dp=4), 1, SEQUENCE),
+    ],
+)
+def test_the_part_of_a_sequence(layout: Layout, rank: int, wanted: list[int]) -> None:
+    value = torch.tensor(SEQUENCE).expand(3, 24).clone()
+    assert cut_sequence(value, 1, layout, rank).tolist() == [wanted] * 3
+    assert cut_sequence(value.t(), 0, layout, rank).t().tolist() == [wanted] * 3

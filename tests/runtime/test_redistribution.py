@@ -9,8 +9,9 @@ from torch import Tensor
 
 from colocc.errors import LayoutError
 from colocc.layout import Layout
-from colocc.passes.solve.plan import Plan
+from colocc.passes.solve.plan import Holding, Plan
 from colocc.passes.solve.solver import solve
+from colocc.runtime.data import sample_runs
 from colocc.runtime.groups import close_groups, open_groups
 from colocc.runtime.redistribution import Redistribution
 from tests.harness import run_threads
@@ -110,7 +111,7 @@ def test_rows_arrive_and_gradients_return(
     def work(move: Redistribution, rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         found = []
         for rows, dim in CASES:
-            move.dim = dim
+            move.dims = (dim,)
             whole = coded(held_by(plan, rank), rows, dim)
             integers = move(whole)
             value = whole.double().requires_grad_()
@@ -227,4 +228,135 @@ def test_rows_that_do_not_divide_are_refused() -> None:
 
     (text,) = set(on_ranks(plan, work))
     assert "images (tp4 dp2) made" in text
+    assert "must be a multiple of 4" in text
     assert f"{held + 1} % {held} = 1" in text
+
+
+# ---------------------------------------------------------------- the sequence, and dims of tensors
+
+ZIGZAG = Layout(tp=2, cp=2, dp=2, zigzag=True, sp=True)
+SEQUENCE = ("sample", "sequence")
+
+
+def parts_of(plan: Plan, value: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The boxes of ``rank`` at the source and at the reader, of [samples, sequence, columns]."""
+
+    def cut(holding: Holding) -> Tensor:
+        found = value
+        for dim, (runs, cells) in enumerate(zip(holding.box(rank), plan.grid, strict=True)):
+            size = value.shape[dim] // cells
+            parts = [found.narrow(dim, a * size, (b - a) * size) for a, b in runs]
+            found = torch.cat(parts, dim)
+        return found
+
+    return cut(plan.src), cut(plan.dst)
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0), (0, 2), (2, 1), (0, 0), (1, 1)])
+def test_the_samples_and_the_sequence_in_any_dims(dims: tuple[int, int]) -> None:
+    plan = solve(("images", Layout(tp=2, dp=4)), ("language", ZIGZAG), dims=SEQUENCE)
+    value = torch.arange(1.0, 8 * 16 * 3 + 1).reshape(8, 16, 3).double()
+
+    def shaped(part: Tensor) -> Tensor:
+        if dims[0] == dims[1]:
+            return part.flatten(0, 1).movedim(0, dims[0]).contiguous()
+        return part.movedim((0, 1), dims).contiguous()
+
+    def work(move: Redistribution, rank: int) -> bool:
+        move.dims = dims
+        held, wanted = map(shaped, parts_of(plan, value, rank))
+        moved = move(held.requires_grad_(), samples=8)
+        moved.backward(3 * moved.detach())
+        assert held.grad is not None and moved.is_contiguous() and held.grad.is_contiguous()
+        return torch.equal(moved, wanted) and torch.equal(held.grad, 3 * held)
+
+    assert all(on_ranks(plan, work))
+
+
+def test_zero_samples_of_a_sequence_take_part() -> None:
+    plan = solve(("images", Layout(tp=2, dp=4)), ("language", ZIGZAG), dims=SEQUENCE)
+
+    def work(move: Redistribution, rank: int) -> tuple[int, ...]:
+        value = torch.zeros(0, 16, COLUMNS, requires_grad=True)
+        moved = move(value)
+        moved.sum().backward()
+        assert value.grad is not None and value.grad.shape == value.shape
+        return tuple(moved.shape)
+
+    assert on_ranks(plan, work) == [(0, 4, COLUMNS)] * WORLD
+
+
+BAD: list[tuple[tuple[int, ...], tuple[int, ...], int | None, str]] = [
+    ((0, 1), (2, 10, 3), None, "a sequence of 10, which cp2 and tp2 sp"),
+    ((0, 1), (2,), None, r"a value of shape \[2\] has no dim 1: images -> language cuts the dims"),
+    ((0, 0), (32, 3), None, "and their number is None: it must be given"),
+    ((0, 0), (32, 3), 6, "and their number is 6: it must be given, as a multiple of 4"),
+    ((0, 0), (33, 3), 8, "made 33 rows for 2 samples: 33 % 2 = 1"),
+    ((0, 0), (20, 3), 8, "a sequence of 10, which cp2 and tp2 sp"),
+]
+
+
+@pytest.mark.parametrize(("dims", "shape", "samples", "message"), BAD)
+def test_a_value_that_cannot_be_cut_is_refused(
+    dims: tuple[int, ...], shape: tuple[int, ...], samples: int | None, message: str
+) -> None:
+    plan = solve(("images", Layout(tp=2, dp=4)), ("language", ZIGZAG), dims=SEQUENCE)
+
+    def work(move: Redistribution, rank: int) -> str:
+        move.dims = dims
+        with pytest.raises(LayoutError, match=message) as caught:
+            move(torch.zeros(shape), samples=samples)
+        return str(caught.value)
+
+    assert len(set(on_ranks(plan, work))) == 1
+
+
+def test_a_last_dim_that_no_slices_fit_is_refused() -> None:
+    plan = solve(("images", Layout(tp=4, dp=2)), ("language", Layout(tp=8)), ranks_per_node=4)
+    assert plan.dims == ("sample", "slice") and plan.grid[1] == 4
+
+    def work(move: Redistribution, rank: int) -> str:
+        with pytest.raises(LayoutError, match="6 % 4 = 2") as caught:
+            move(torch.zeros(2, 6))
+        return str(caught.value)
+
+    assert len(set(on_ranks(plan, work))) == 1
+
+
+# ---------------------------------------------------------------- what peers get wrong silently
+
+
+def pairing(src: Layout, dst: Layout, microbatches: int) -> None:
+    """Encoders' values of a step, cut by microbatch, are of the samples that the replica reads."""
+    sink = ("language", dst)
+    plan = solve(("images", src), sink)
+    size = 2 * plan.units
+
+    def work(move: Redistribution, rank: int) -> bool:
+        runs = sample_runs(plan.src, dst.dp, microbatches, size, rank)
+        ids = [(m, s) for m, start, stop in runs for s in range(start, stop)]
+        encoded = torch.tensor(ids, dtype=torch.float64).requires_grad_()
+        parts = move(encoded).chunk(microbatches)
+        at = place((dst.tp, dst.pp, dst.dp), dst.order, rank)
+        part = size // dst.dp
+        text = range(at["dp"] * part, (at["dp"] + 1) * part)
+        wanted = [torch.tensor([(m, s) for s in text]).double() for m in range(microbatches)]
+        if at["pp"] > 0:
+            return all(len(part) == 0 for part in parts)
+        return all(map(torch.equal, parts, wanted))
+
+    assert all(on_ranks(plan, work))
+
+
+@pytest.mark.parametrize("microbatches", [2, 3])
+def test_fan_out_with_several_microbatches_pairs_images_with_their_own_text(
+    microbatches: int,
+) -> None:
+    pairing(Layout(tp=8), Layout(tp=2, dp=4), microbatches)
+    pairing(Layout(tp=4, dp=2), Layout(tp=2, pp=2, dp=2), microbatches)
+
+
+@pytest.mark.parametrize("order", ["tp-cp-dp-pp", "tp-cp-pp-dp"])
+def test_the_order_of_the_language_axes_does_not_exchange_replicas(order: str) -> None:
+    pairing(Layout(tp=2, dp=4), Layout(tp=2, pp=2, dp=2, order=order), 2)
+    pairing(Layout(dp=8), Layout(tp=2, pp=2, dp=2, order=order), 1)
