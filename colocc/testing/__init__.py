@@ -12,7 +12,16 @@
 from colocc.testing.identity import check_identity
 from colocc.testing.mutations import MUTATIONS, mutated
 from colocc.testing.names import full_gradients, full_weights, global_names, seed_parameters
-from colocc.testing.oracle import Run, compare, float64, observed, oracle, relative_l2, watch_input
+from colocc.testing.oracle import (
+    Run,
+    compare,
+    float64,
+    observed,
+    oracle,
+    relative_l2,
+    watch_input,
+    whole_input,
+)
 
 __all__ = [
     "MUTATIONS",
@@ -29,4 +38,5 @@ __all__ = [
     "relative_l2",
     "seed_parameters",
     "watch_input",
+    "whole_input",
 ]

@@ -164,7 +164,7 @@ def observed(
     replica = int(program.graph.layouts[program.graph.sink].coordinates("dp")[program.rank])
     sink = program.graph.sink
     wholes = [
-        _whole_input(value, program.sink_module, program.groups[sink])
+        whole_input(value, program.sink_module, program.groups[sink])
         for value in inputs[:microbatches]
     ]
     modules = program.trainable()
@@ -175,7 +175,7 @@ def observed(
     )
 
 
-def _whole_input(
+def whole_input(
     value: torch.Tensor, module: nn.Module, collection: ProcessGroupCollection
 ) -> torch.Tensor:
     """The language module's input for the whole sequence, [s, b, h], from this rank's part;

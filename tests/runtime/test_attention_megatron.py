@@ -25,7 +25,16 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 import colocc
 from colocc import Layout
 from colocc.runtime import cpu, megatron
-from colocc.testing import Run, compare, float64, full_gradients, oracle, seed_parameters
+from colocc.testing import (
+    Run,
+    compare,
+    float64,
+    full_gradients,
+    oracle,
+    seed_parameters,
+    watch_input,
+    whole_input,
+)
 from tests import mimo
 from tests.harness import ProcessPool
 
@@ -256,7 +265,13 @@ def mimo_on_rank(rank: int, layout: Layout, sp: bool, per_token: bool, double: b
             return losses, lambda out: mimo.loss_func((out, mask))
 
         modules = {"images": model.modality_submodules["images"], "language": model.language_model}
-        return megatron_step(modules, groups, layout, forward_step)
+        seen: list[torch.Tensor] = []
+        with watch_input(model.language_model, seen):
+            run = megatron_step(modules, groups, layout, forward_step)
+        replica = int(layout.coordinates("dp")[rank])
+        wholes = [whole_input(value, model.language_model, groups["language"]) for value in seen]
+        run.inputs = {(index, replica): value for index, value in enumerate(wholes)}
+        return run
 
 
 @pytest.mark.parametrize("per_token", [True, False])
@@ -279,5 +294,6 @@ def test_mimo_is_that_of_one_rank(
     alone = partial(mimo_oracle_on_rank, replicas=layout.dp, cp=layout.cp, per_token=per_token)
     wanted = processes.run(1, alone)[0]
     compare(runs, wanted, tolerance=1e-12 if double else 1e-5, noise=1e-9)
+    assert {place for run in runs for place in run.inputs} == wanted.inputs.keys()
     if per_token:
         check_losses(runs, layout, wanted)
