@@ -130,8 +130,14 @@ def _check_plan(graph: Graph, node: fx.Node) -> None:
         raise _fail(
             graph, node, f"the plan of {node.name} cuts {plan.dims}, its value is cut by {dims}"
         )
+    types = source.meta["types"]
     try:
-        check(plan, scale=graph.scale(*ends, whole=dims == WHOLE))
+        check(
+            plan,
+            scale=graph.scale(*ends, whole=dims == WHOLE),
+            value=types if isinstance(types, Type) else None,
+            sink=(graph.sink, graph.layouts[graph.sink]),
+        )
     except VerifyError as error:
         raise _fail(graph, node, str(error)) from error
 
