@@ -30,7 +30,7 @@ from colocc.runtime.groups import (
     process_groups,
 )
 from colocc.runtime.ragged import RowsPerItem
-from colocc.runtime.redistribution import Groups, Redistribution, tensor_dims
+from colocc.runtime.redistribution import Redistribution, tensor_dims
 from colocc.runtime.rows import RowRedistribution, counted, rows_held
 from colocc.runtime.schedule import Schedule, run_step
 
@@ -109,7 +109,11 @@ class Program:
         )
 
     def _bound(
-        self, plan: Plan, node: fx.Node, groups: Groups, rank: int
+        self,
+        plan: Plan,
+        node: fx.Node,
+        groups: Mapping[tuple[int, ...], dist.ProcessGroup],
+        rank: int,
     ) -> Redistribution | RowRedistribution:
         if "rows" in node.meta:
             empty = partial(megatron.no_rows, self.model)

@@ -81,7 +81,7 @@ def merge(graph: Graph, *, traits: Traits | None = None) -> Graph:
 
 def _call(graph: Graph, method: str) -> fx.Node:
     """The one call of a method of the model."""
-    found = [
+    found: list[fx.Node] = [
         node
         for node in graph.fx.nodes
         if isinstance(node.target, Method) and node.target.name == method

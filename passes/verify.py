@@ -4,6 +4,7 @@ after          must hold
 always         fx's own lint; one output; unique names; nothing unread but inputs and
                redistributions
 propagate      every node has a module of the layouts, and types that name its layout
+merge          rows are put into a sequence that is cut by nothing but the merge in its parts
 redistribute   every edge is on one layout, or both layouts place every rank, sample and position
                alike; every plan is proved by walking each rank's cells through it; its gradient
                scale is the modules' ratio
@@ -24,10 +25,11 @@ from torch.utils import _pytree as pytree
 from colocc.errors import VerifyError
 from colocc.passes.dump import excerpt
 from colocc.passes.graph import Graph
+from colocc.passes.merge import Merge
 from colocc.passes.redistribute import WHOLE, dims_of, is_redistribution, is_whole
 from colocc.passes.solve.check import check
 from colocc.passes.solve.slots import slots_of
-from colocc.sequence import same_sequence
+from colocc.sequence import axes_of, same_sequence
 from colocc.types import Type
 
 ORDER = ("capture", "propagate", "merge", "redistribute", "phases", "specialize")
@@ -80,6 +82,17 @@ def _check_types(graph: Graph) -> None:
                 )
 
 
+def _check_merge(graph: Graph) -> None:
+    if not graph.rows or not axes_of(graph.layouts[graph.sink]):
+        return
+    for node in graph.fx.nodes:
+        sources = [n for n in node.all_input_nodes if n.meta["module"] in graph.rows]
+        rows = [n for n in node.all_input_nodes if "rows" in n.meta] or sources
+        reads = node.meta["module"] == graph.sink and node.op != "output"
+        if rows and reads and not is_redistribution(node) and not isinstance(node.target, Merge):
+            raise _fail(graph, node, f"{node.name} reads the rows {rows[0].name} outside a merge")
+
+
 def _check_edges(graph: Graph) -> None:
     for node in graph.fx.nodes:
         for source in node.all_input_nodes:
@@ -130,8 +143,14 @@ def _check_plan(graph: Graph, node: fx.Node) -> None:
         raise _fail(
             graph, node, f"the plan of {node.name} cuts {plan.dims}, its value is cut by {dims}"
         )
+    types = source.meta["types"]
     try:
-        check(plan, scale=graph.scale(*ends, whole=is_whole(dims)))
+        check(
+            plan,
+            scale=graph.scale(*ends, whole=is_whole(dims)),
+            value=types if isinstance(types, Type) else None,
+            sink=(graph.sink, graph.layouts[graph.sink]),
+        )
     except VerifyError as error:
         raise _fail(graph, node, str(error)) from error
 
@@ -155,6 +174,7 @@ def _check_phases(graph: Graph) -> None:
 
 CHECKS: tuple[tuple[str, Callable[[Graph], None]], ...] = (
     ("propagate", _check_types),
+    ("merge", _check_merge),
     ("redistribute", _check_edges),
     ("phases", _check_phases),
 )

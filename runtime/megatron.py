@@ -170,13 +170,14 @@ def check_sequence(model: Any, layouts: Mapping[str, Layout]) -> None:
         raise LayoutError(
             f"{LANGUAGE} ({layout}) {'cuts' if layout.sp else 'does not cut'} its sequence over "
             f"tp, its config has sequence_parallel={config.sequence_parallel}. Write "
-            f"sp={config.sequence_parallel} in the layout, or sequence_parallel={layout.sp} in the config."
+            f"sp={config.sequence_parallel} in the layout, or sequence_parallel={layout.sp} in the "
+            "config."
         )
 
 
 def no_rows(model: Any) -> torch.Tensor:
     """What an encoder of a MimoModel returns for no items. Shape: [0, hidden]."""
-    weight = next(model.language_model.parameters())
+    weight: torch.Tensor = next(model.language_model.parameters())
     config = unwrapped(model.language_model).config
     return weight.new_empty((0, config.hidden_size), dtype=config.params_dtype)
 

@@ -266,7 +266,7 @@ class _Module:
                 runs[-1][2] = last
             else:
                 runs.append([index, first, last])
-        return [self._items_of(*run, path) for run in runs]
+        return [self._items_of(index, first, last, path) for index, first, last in runs]
 
     def _items_of(self, index: int, first: int, last: int, path: tuple[str, ...]) -> Any:
         found = self.items[index]

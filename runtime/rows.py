@@ -125,9 +125,12 @@ class Cells:
 
     def _chunk(self, dim: str, rows: Ids, samples: Ids, chunks: int) -> Ids:
         if dim == "position":
-            return self.rows.position[rows] * chunks // self.rows.lengths[samples]
-        item = np.searchsorted(self.item_starts, rows, side="right") - 1
-        return (rows - self.item_starts[item]) * chunks // self.rows.items[item]
+            place, length = self.rows.position[rows], self.rows.lengths[samples]
+        else:
+            item = np.searchsorted(self.item_starts, rows, side="right") - 1
+            place, length = rows - self.item_starts[item], self.rows.items[item]
+        found: Ids = place * chunks // length
+        return found
 
 
 def rows_held(plan: Plan, holding: Holding, rows: Rows, rank: int) -> Ids:

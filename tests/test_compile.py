@@ -167,8 +167,9 @@ def test_the_dump_has_a_page_for_each_pass(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("COLOCC_DUMP", str(tmp_path / "pages"))
     run_threads(8, lambda _: colocc.compile(model(), LAYOUTS, example_inputs=batch()).destroy())
     names = sorted(path.name for path in (tmp_path / "pages").iterdir())
-    common = ["01_capture.txt", "02_propagate.txt", "03_redistribute.txt", "04_phases.txt"]
-    assert names == common + [f"05_specialize.rank{rank}.txt" for rank in range(8)]
+    passes = ("capture", "propagate", "merge", "redistribute", "phases")
+    common = [f"{place:02d}_{name}.txt" for place, name in enumerate(passes, 1)]
+    assert names == common + [f"06_specialize.rank{rank}.txt" for rank in range(8)]
 
 
 def test_the_graph_of_all_ranks_is_left_as_it_is() -> None:

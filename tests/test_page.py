@@ -102,10 +102,11 @@ language   0:2   0:2   2:4   2:4   -     -     -     -
 
 def test_the_dump_has_a_page_per_pass(pages: tuple[list[tuple[str, str]], dict[str, str]]) -> None:
     _, files = pages
-    shared = ["01_capture.txt", "02_propagate.txt", "03_redistribute.txt", "04_phases.txt"]
-    own = [f"05_specialize.rank{rank}.txt" for rank in range(8)]
+    passes = ("capture", "propagate", "merge", "redistribute", "phases")
+    shared = [f"{place:02d}_{name}.txt" for place, name in enumerate(passes, 1)]
+    own = [f"06_specialize.rank{rank}.txt" for rank in range(8)]
     assert sorted(files) == [*shared, *own]
     # A later stage computes neither the text embedding nor the merge.
-    assert "get_text_embeddings" in files["05_specialize.rank0.txt"]
-    assert "get_text_embeddings" not in files["05_specialize.rank4.txt"]
-    assert "redistribute(" in files["05_specialize.rank4.txt"]
+    assert "get_text_embeddings" in files["06_specialize.rank0.txt"]
+    assert "get_text_embeddings" not in files["06_specialize.rank4.txt"]
+    assert "redistribute(" in files["06_specialize.rank4.txt"]

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from colocc.errors import CaptureError
+from colocc.errors import CaptureError, VerifyError
 from colocc.layout import Layout
 from colocc.passes.capture import capture
 from colocc.passes.dump import page
 from colocc.passes.graph import Glue, Graph, Merging, Traits
 from colocc.passes.merge import Merge, merge
 from colocc.passes.propagate import propagate
+from colocc.passes.verify import verify
 
 TRAITS = Traits(
     glue=(
@@ -99,3 +100,12 @@ def test_a_whole_sequence_is_merged_by_the_model(language: Layout) -> None:
 def test_reading_the_whole_sequence_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"no rank of language has the embeddings of the whole"):
         merged(IMAGES, peeks=True)
+
+
+def test_verify_sees_rows_that_are_read_whole() -> None:
+    graph = merged(IMAGES)
+    verify(graph, after="merge")
+    (call,) = [node for node in graph.fx.nodes if isinstance(node.target, Merge)]
+    call.target = operator.getitem
+    with pytest.raises(VerifyError, match="merge reads the rows vision outside a merge"):
+        verify(graph, after="merge")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
+import torch
 from expecttest import assert_expected_inline
 from torch import fx
 
@@ -14,8 +15,9 @@ from colocc.errors import VerifyError
 from colocc.layout import Layout
 from colocc.passes import PIPELINE
 from colocc.passes.graph import Graph
+from colocc.passes.solve.solver import solve
 from colocc.passes.verify import CHECKS, ORDER, verify
-from tests.passes.kit import pair_graph, refusal, trio_graph
+from tests.passes.kit import Pair, graph_of, pair_graph, refusal, trio_graph
 
 
 def node_of(graph: Graph, name: str) -> fx.Node:
@@ -226,8 +228,8 @@ def test_a_plan_that_misses_a_step() -> None:
     assert_expected_inline(
         broken(change_plan(forward=())),
         """\
-plan vision (tp2 dp4) -> language (tp4 dp2) is wrong: forward, rank 0 ends with units [0], it
-    needs [0, 1]. This is a bug in colocc: please report it with the dump.
+plan vision (tp2 dp4) -> language (tp4 dp2) is wrong: forward, rank 0 ends with sample 0:1, it
+    needs sample 0:2. This is a bug in colocc: please report it with the dump.
     %images  f32[8@dp,5,16] vision [2,5,16]  input(images)
     %vision  f32[8@dp,5,8] vision [2,5,8]  vision(%images)
   > %vision_language  f32[8@dp,5,8] language [4,5,8]  redistribute(%vision)   <-- here
@@ -276,3 +278,46 @@ def test_a_value_of_the_first_stage_on_the_last() -> None:
     message = broken(change, trio_graph())
     assert message.startswith("where (last stage) reads unsqueeze (first stage)\n")
     assert "<-- here" in message
+
+
+def cut_graph(language: Layout, vision: Layout | None = None) -> Graph:
+    layouts = {"vision": vision or Layout(tp=2, dp=4), "language": language}
+    batch = {"images": torch.zeros(8, 16, 16)}
+    return graph_of(Pair(), layouts, batch, sequence_dims={"vision": 1})
+
+
+def bypass(graph: Graph) -> None:
+    node_of(graph, "language").args = (node_of(graph, "vision"),)
+    graph.fx.erase_node(node_of(graph, "vision_language"))
+    del graph.plans["vision_language"]
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        lambda: cut_graph(Layout(tp=2, dp=4, sp=True)),
+        lambda: cut_graph(Layout(cp=2, dp=4, zigzag=True), Layout(cp=2, dp=4)),
+        lambda: graph_of(
+            Pair(),
+            dict.fromkeys(("vision", "language"), Layout(cp=2, dp=4)),
+            {"images": torch.zeros(8, 16, 16)},
+        ),
+    ],
+    ids=["one side cut", "cut otherwise", "gradients to add"],
+)
+def test_equal_grids_that_need_a_redistribution(graph: Callable[[], Graph]) -> None:
+    assert "reads vision as vision" in broken(bypass, graph())
+
+
+def test_a_plan_that_does_not_cut_the_sequence() -> None:
+    def change(graph: Graph) -> None:
+        plan = graph.plans["vision_language"]
+        graph.plans["vision_language"] = solve(
+            (plan.src.module, plan.src.layout),
+            (plan.dst.module, plan.dst.layout),
+            scale=plan.scale,
+            value=plan.value,
+        )
+
+    text = broken(change, cut_graph(Layout(tp=2, cp=2, dp=2)))
+    assert "cuts ('sample',), its value is cut by ('sample', 'sequence')" in text

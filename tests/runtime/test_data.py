@@ -268,17 +268,17 @@ def test_a_step_that_the_slots_cannot_share() -> None:
     check_divides(graph, 2, 4)
 
 
-def test_uneven_slots_are_allowed_where_sizes_come_with_the_values() -> None:
+def test_slots_that_do_not_divide_hold_more_than_others_or_nothing() -> None:
+    """As rows need it; values of equally many rows in each slot are refused."""
     graph = graph_of(Layout(dp=8), Layout(tp=4, dp=2))
     pixels = next(n for n in graph.placeholders() if n.meta["path"][0] == "pixels")
-    steps = [batch(2, 0)]
     with pytest.raises(LayoutError, match="must cut into 4 equal parts"):
-        Batches(graph, steps, 0, {})
-    cuts = [Batches(graph, steps, rank, {}, uneven=True).encoder_input(pixels) for rank in range(8)]
-    assert sorted(len(cut) for cut in cuts) == [0] * 6 + [1, 1]
-    assert all(cut.shape[1:] == (3, 2) for cut in cuts)
+        Batches(graph, [batch(2, 0)], 0, {})
+    holding = holding_of(graph, pixels.meta["module"])
+    runs = [sample_runs(holding, 2, 1, 2, rank) for rank in range(8)]
+    assert sorted(sum(stop - start for _, start, stop in run) for run in runs) == [0] * 6 + [1, 1]
     with pytest.raises(LayoutError, match="3 % 2 = 1"):
-        Batches(graph, [batch(3, 0)], 0, {}, uneven=True)
+        Batches(graph, [batch(3, 0)], 0, {})
 
 
 SEQUENCE = list(range(24))
