@@ -34,6 +34,7 @@ from fractions import Fraction
 from math import gcd
 
 import numpy as np
+from numpy.typing import NDArray
 
 from colocc.errors import VerifyError
 from colocc.layout import Layout
@@ -135,8 +136,11 @@ def _check_direction(
             _check_lanes(step, state, first, start, plan.ranks_per_node)
             state = after
         _check_end(plan, state, start, end)
-        _check_frugal(steps, got, cost, first, start, end)
-        _check_reasons(plan, name, steps, cost, first, start, end)
+        need = walk.volumes(end)
+        lack = need * start.summands - walk.shared(end, first, start.summands)
+        _check_frugal(steps, got, cost, lack)
+        # Of a sum a rank must receive something, whichever summand it has itself.
+        _check_reasons(plan, name, steps, cost > (lack if start.summands == 1 else need))
     except VerifyError as error:
         raise VerifyError(f"{name}, {error}") from error
 
@@ -183,16 +187,13 @@ def _spell(pieces: Pieces, dims: tuple[str, ...], summands: int) -> str:
     return (", ".join(words) or "nothing") + more
 
 
-def _check_frugal(
-    steps: tuple[Step, ...], got: Ints, cost: Ints, first: State, start: End, end: End
-) -> None:
+def _check_frugal(steps: tuple[Step, ...], got: Ints, cost: Ints, lack: Ints) -> None:
     """Every rank received what it needs less what it had, once.
 
     It ended with its box, so it received all of that at least; if it received no more, then nothing
     that it had, and nothing twice. An all_reduce also sums cells that a rank does not need, and may
     cost the busiest rank no more than the summands that it lacks.
     """
-    lack = walk.volumes(end) * start.summands - walk.shared(end, first, start.summands)
     if any(step.kind == "all_reduce" for step in steps):
         if cost.max() > lack.max():
             raise VerifyError(f"an all_reduce costs a rank {cost.max()} cells, {lack.max()} do")
@@ -262,14 +263,12 @@ def _cost(step: Step, taken: Ints, state: State) -> Ints:
 
 
 def _check_reasons(
-    plan: Plan, name: str, steps: tuple[Step, ...], cost: Ints, first: State, start: End, end: End
+    plan: Plan, name: str, steps: tuple[Step, ...], above: NDArray[np.bool_]
 ) -> None:
-    have = walk.shared(end, first, 1) if start.summands == 1 else np.zeros_like(cost)
-    least = walk.volumes(end) - have
     several = sum(step.kind in COMMUNICATES for step in steps) > 1
     prefix = {"forward": "fwd ", "backward": "bwd "}[name]
-    if not several and not (cost > least).any():
+    if any(reason.startswith(prefix) for reason in plan.reasons):
         return
-    if not any(reason.startswith(prefix) for reason in plan.reasons):
+    if several or above.any():
         more = "takes several collectives" if several else "is above its bound"
         raise VerifyError(f"it {more} and gives no reason")

@@ -97,10 +97,19 @@ def check_holding(
 ) -> None:
     """Raise VerifyError unless ``holding``, at ``side`` 0 (source) or 1 (reader), says what its
     layout says. The slots of samples are free where they are not ``ordered``, but equally long."""
-    layout, name = holding.layout, f"{holding.module} ({holding.layout})"
+    try:
+        _check_holding(holding, side, dims, grid, ordered=ordered)
+    except VerifyError as error:
+        raise VerifyError(f"{holding.module} ({holding.layout}) {error}") from error
+
+
+def _check_holding(
+    holding: Holding, side: int, dims: tuple[str, ...], grid: tuple[int, ...], *, ordered: bool
+) -> None:
+    layout = holding.layout
     if len(holding.parts) != len(dims):
-        raise VerifyError(f"{name} has parts for {len(holding.parts)} dims of {list(dims)}")
-    _check_slots(holding.parts[0], layout.dp, grid[0], name, ordered=ordered)
+        raise VerifyError(f"has parts for {len(holding.parts)} dims of {list(dims)}")
+    _check_slots(holding.parts[0], layout.dp, grid[0], ordered=ordered)
     for dim, cells, part in zip(dims[1:], grid[1:], holding.parts[1:], strict=True):
         want = Part((), (((0, cells),),))
         if CUT[dim][side] and cutting_axes(layout):
@@ -109,18 +118,18 @@ def check_holding(
             refined = tuple(tuple((a * scale, b * scale) for a, b in cut) for cut in cuts)
             want = Part(cutting_axes(layout), refined)
         if part != want:
-            raise VerifyError(f"{name} is said to hold of {dim} {part}, its layout says {want}")
+            raise VerifyError(f"is said to hold of {dim} {part}, its layout says {want}")
     stages = (0,) if side == 1 and layout.pp > 1 else None
     if holding.stages != stages:
-        raise VerifyError(f"{name} is said to be held by stages {holding.stages}, not {stages}")
+        raise VerifyError(f"is said to be held by stages {holding.stages}, not {stages}")
     whole = side == 1 and layout.cp > 1 and not {"sequence", "position"} & set(dims)
     if holding.partial != (("cp",) if whole else ()):
-        raise VerifyError(f"{name} is said to have partial gradients over {holding.partial}")
+        raise VerifyError(f"is said to have partial gradients over {holding.partial}")
 
 
-def _check_slots(part: Part, dp: int, units: int, name: str, *, ordered: bool) -> None:
+def _check_slots(part: Part, dp: int, units: int, *, ordered: bool) -> None:
     if part.axes != ("dp",) or len(part.cuts) != dp:
-        raise VerifyError(f"{name} has {len(part.cuts)} slots over {part.axes}, not {dp} over dp")
+        raise VerifyError(f"has {len(part.cuts)} slots over {part.axes}, not {dp} over dp")
     size = units // dp
     edges = np.array([edge for cut in part.cuts for run in cut for edge in run], dtype=np.int64)
     slot = np.repeat(np.arange(dp), [len(cut) for cut in part.cuts])
@@ -128,14 +137,14 @@ def _check_slots(part: Part, dp: int, units: int, name: str, *, ordered: bool) -
     order = np.argsort(low, kind="stable")
     tiled = np.array_equal(np.r_[low[order], units], np.r_[0, high[order]])
     if not tiled or (low >= high).any():
-        raise VerifyError(f"the slots of {name} do not cut the units 0 to {units - 1}")
+        raise VerifyError(f"has slots that do not cut the units 0 to {units - 1}")
     if (np.bincount(slot, high - low, dp) != size).any():
-        raise VerifyError(f"the slots of {name} are not {dp} times {size} units")
+        raise VerifyError(f"has slots that are not {dp} times {size} units")
     # Runs of one slot ascend with a gap between them, so each slot has one spelling.
     if ((np.diff(slot) == 0) & (low[1:] <= high[:-1])).any():
-        raise VerifyError(f"the runs of a slot of {name} are not in ascending order, joined")
+        raise VerifyError("has a slot whose runs are not in ascending order, joined")
     if ordered and not np.array_equal(low, np.arange(dp) * size):
-        raise VerifyError(f"{name} orders the samples, and its slots are {part.cuts}")
+        raise VerifyError(f"orders the samples, and its slots are {part.cuts}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import permutations
-from math import prod
 
 from colocc.errors import VerifyError
 from colocc.layout import DEFAULT_ORDER, Layout
@@ -143,6 +142,8 @@ def judge(pair: Pair) -> Verdict:
 
 
 def _above(plan: Plan) -> Iterator[tuple[str, Fraction]]:
+    if not plan.reasons:
+        return  # the checker has counted: no rank is above its bound, or it wants a reason
     ways = zip(("fwd", "bwd"), plan.received_cells(), plan.bound_cells(), strict=True)
     for way, received, bound in ways:
         over = received > bound
@@ -154,8 +155,3 @@ def _above(plan: Plan) -> Iterator[tuple[str, Fraction]]:
                 for got, least in zip(received[over], bound[over], strict=True)
             )
             yield reason[0], worst
-
-
-def weight(pair: Pair) -> int:
-    """About how long a pair takes, to share out work."""
-    return prod(pair[0].sizes.values())

@@ -66,6 +66,7 @@ def solve(
         slices = max(
             copies(_moves(*ends, ranks_per_node), ranks_per_node)
             for ends in ((have, need), (need, have))
+            if _summands(ends[0]) == 1
         )
         if slices > 1:
             dims, grid = (*dims, "slice"), (*grid, slices)
