@@ -14,11 +14,9 @@ from colocc.passes.graph import Graph
 from tests.harness import run_threads
 from tests.plain import (
     LAYOUTS,
-    ORDERS,
     Model,
     batch,
     contains,
-    layouts_of,
     model,
     refused,
 )
@@ -39,13 +37,6 @@ def test_layouts_of_different_sizes() -> None:
     layouts = {**LAYOUTS, "audio": Layout(tp=4)}
     text = refused(8, compiling(layouts))
     contains(text, "audio (tp4 dp1)", "= 4 ranks, the world has 8")
-
-
-def test_dp_sizes_that_do_not_divide() -> None:
-    layouts = layouts_of(ORDERS[0], (2, 3), (6, 1), (3, 2))
-    text = refused(6, compiling(layouts))
-    contains(text, "vision (tp2 dp3) has 3", "decoder (tp3 dp2) has 2", "3 % 2 = 1")
-    contains(text, "Give vision dp")
 
 
 def test_an_encoder_with_a_pipeline() -> None:
@@ -177,3 +168,9 @@ def test_the_graph_of_all_ranks_is_left_as_it_is() -> None:
     assert isinstance(program.graph, Graph)
     run_threads(8, lambda _: colocc.compile(model(), LAYOUTS, example_inputs=batch()).destroy())
     assert str(program) == str(colocc.compile(model(), LAYOUTS, example_inputs=batch()))
+
+
+@pytest.mark.parametrize("ranks_per_node", [0, -1, 2.0, True])
+def test_ranks_per_node_that_is_no_number_of_ranks(ranks_per_node: Any) -> None:
+    text = refused(8, compiling(LAYOUTS, ranks_per_node=ranks_per_node))
+    contains(text, f"ranks_per_node is {ranks_per_node!r}: give an integer of at least 1")
