@@ -50,7 +50,7 @@ def test_every_rank_prints_the_same_page(
     expecttest.assert_expected_inline(
         page,
         """\
-graph MimoModel    world 8    after 4/5 phases
+graph MimoModel    world 8    after 5/6 phases
 
 layouts
   images     tp2 dp4       tp = r%2   dp = r//2                 modality_submodules.images
