@@ -300,10 +300,13 @@ def ranks(graph: Graph, name: str) -> str:
     for holding in (plan.src, plan.dst):
         boxes = holding.boxes()
         for place, dim in enumerate(plan.dims):
+            if place and plan.grid[place] == 1:
+                continue
             cells = [",".join(f"{a}:{b}" for a, b in box[place]) if box else "-" for box in boxes]
             rows.append([holding.module + f" {dim}" * (place > 0), *cells])
     title = f"%{name}  {plan.kind}  parts of {plan.units} of the step's samples held by each rank"
-    more = [f"{n} of the {dim}" for dim, n in zip(plan.dims[1:], plan.grid[1:], strict=True)]
+    cut = zip(plan.dims[1:], plan.grid[1:], strict=True)
+    more = [f"{n} of the {dim}" for dim, n in cut if n > 1]
     return "\n".join([", ".join([title, *more]), *_table(rows, indent="")]) + "\n"
 
 
