@@ -130,15 +130,21 @@ moved   fwd 512 B, bwd 2.75 KiB per receiving rank for a batch of 12, 2 collecti
 bound   fwd 512 B, bwd 2.75 KiB
 """,
     )
+
+
+def test_ranks_of_a_cut_sequence() -> None:
+    layouts = {"vision": Layout(dp=4), "language": Layout(cp=2, dp=2, zigzag=True)}
+    batch = {"images": torch.zeros(4, 8, 16)}
+    graph = graph_of(Pair(), layouts, batch, sequence_dims={"vision": 1})
     assert_expected_inline(
-        ranks(cut_graph(), "vision_language"),
+        ranks(graph, "vision_language"),
         """\
-%vision_language  fan_in  parts of 6 of the step's samples held by each rank, 12 of the sequence
-rank                0      1          2       3      4      5      6      7          8       9      10     11
-vision              0:2    0:2        0:2     0:2    2:4    2:4    2:4    2:4        4:6     4:6    4:6    4:6
-vision sequence     0:12   0:12       0:12    0:12   0:12   0:12   0:12   0:12       0:12    0:12   0:12   0:12
-language            0:3    0:3        0:3     0:3    0:3    0:3    3:6    3:6        3:6     3:6    3:6    3:6
-language sequence   0:2    2:3,9:10   10:12   3:5    5:7    7:9    0:2    2:3,9:10   10:12   3:5    5:7    7:9
+%vision_language  fan_in  parts of 4 of the step's samples held by each rank, 4 of the sequence
+rank                0         1     2         3
+vision              0:1       1:2   2:3       3:4
+vision sequence     0:4       0:4   0:4       0:4
+language            0:2       0:2   2:4       2:4
+language sequence   0:1,3:4   1:3   0:1,3:4   1:3
 """,
     )
 
