@@ -17,7 +17,7 @@ from colocc.passes.graph import Graph
 from colocc.passes.solve.check import check
 from colocc.passes.solve.plan import Plan, Step
 from colocc.passes.solve.solver import solve
-from colocc.sequence import axes_of, check_length, form
+from colocc.sequence import axes_of, form
 from colocc.types import Dim, Type
 
 SINK = "language"
