@@ -125,7 +125,7 @@ def test_refused_exactly_where_megatron_finds_two_kinds_of_pipeline() -> None:
 @pytest.mark.parametrize("order", ["tp-cp-dp-pp", "tp-cp-pp-dp", "pp-dp-tp-cp"])
 def test_from_grid(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "16")
-    sizes = {"tp": 2, "cp": 2, "pp": 2, "dp": 2}
+    sizes: dict[str, Any] = {"tp": 2, "cp": 2, "pp": 2, "dp": 2}
     names = order.split("-")
     grid = HyperCommGrid([sizes[name] for name in names], names)
     layout = Layout.from_grid(grid)
