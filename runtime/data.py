@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from colocc.errors import LayoutError
+from colocc.layout import Layout
 from colocc.passes.graph import Graph
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.plan import Holding
@@ -86,7 +88,13 @@ def holding_of(graph: Graph, module: str) -> Holding:
     sink = (graph.sink, graph.layouts[graph.sink])
     if module == graph.sink:
         return _replicas(graph)
-    return solve((module, graph.layouts[module]), sink).src
+    return _source((module, graph.layouts[module]), sink)
+
+
+@lru_cache(maxsize=256)
+def _source(module: tuple[str, Layout], sink: tuple[str, Layout]) -> Holding:
+    """Asked several times a microbatch, so solved once."""
+    return solve(module, sink).src
 
 
 def _replicas(graph: Graph) -> Holding:
