@@ -8,11 +8,13 @@ import argparse
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -23,7 +25,10 @@ from examples.benchmark.cases import SETS, Case
 SETTINGS = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "OMP_NUM_THREADS": "1",
 }
+# How long the peers of a failed rank have to say what they saw.
+GRACE = 2.0
 Failed = dict[str, dict[str, str]]
 
 
@@ -55,6 +60,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="*", help="instead of those of the cases")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of steps in a case; 3 of each arm are run"
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--overlap", action="store_true", help="DDP's overlap_grad_reduce")
     parser.add_argument("--profile", action="store_true", help="a step of each arm, profiled")
@@ -99,20 +107,48 @@ def run(cases: list[Case], options: argparse.Namespace) -> str | None:
         "steps": options.steps,
         "warmup": options.warmup,
         "overlap": options.overlap,
+        "seconds": options.seconds,
         "eager": options.eager,
         "profile": options.profile,
     }
     path = options.out / "plan.json"
     path.write_text(json.dumps(plan))
     (options.out / "arm.txt").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={options.ranks}", "-m", "examples.benchmark.worker", str(path)]
     log = options.out / "ranks.log"
     with log.open("w") as file:
-        code = subprocess.run(
-            command, stdout=file, stderr=file, check=False, env=SETTINGS | os.environ
-        ).returncode
+        code = launch(
+            [sys.executable, "-m", "examples.benchmark.worker", str(path)], options.ranks, file
+        )
     return None if code == 0 else reason_of(log.read_text(), code)
+
+
+def launch(command: list[str], ranks: int, log: IO[str]) -> int:
+    """Run ``command`` on every rank; return 0, or what the first rank to fail exits with.
+
+    One rank's failure ends the others, which would wait for it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    started = []
+    for rank in range(ranks):
+        place = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env = SETTINGS | os.environ | place
+        started.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
+    try:
+        while True:
+            codes = [process.poll() for process in started]
+            if failed := next((code for code in codes if code), None):
+                time.sleep(GRACE)
+                return failed
+            if None not in codes:
+                return 0
+            time.sleep(0.1)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def reason_of(text: str, code: int) -> str:
