@@ -19,6 +19,7 @@ from colocc.passes.phases import cut
 from colocc.runtime import megatron
 from colocc.runtime.data import Batches, fingerprint, holding_of, sample_runs
 from colocc.runtime.execute import Executor
+from colocc.runtime.filled import Bubbles
 from colocc.runtime.groups import (
     ProcessGroups,
     agree_on,
@@ -59,6 +60,7 @@ class Program:
         self._agreed = self._destroyed = False
         self.cut: list[fx.Node] = []
         self.redistributions: dict[str, Redistribution] = {}
+        self.bubbles: Bubbles | None = None
         self._members: tuple[tuple[int, ...], ...] = ()
         self._world: weakref.ref[dist.ProcessGroup] | None = None
         if self.rank is not None and mine is not None:
@@ -78,7 +80,7 @@ class Program:
         assert dist.group.WORLD is not None
         self._world = weakref.ref(dist.group.WORLD)
         opened = open_groups(self._members, timeout=timeout)
-        self._mine = mine
+        self.mine = mine
         moves = self.redistributions
         for node in mine.fx.nodes:
             if node.name in plans:
@@ -91,6 +93,8 @@ class Program:
         self._encode = Executor(mine, "encode", self.model, moves, self.cut)
         self._output = mine.output()
         self._language = Executor(mine, "language", self.model, moves, self._output.all_input_nodes)
+        if self.schedule.kind == "filled":
+            self.bubbles = Bubbles(self, timeout, self.schedule.portions)
 
     def __str__(self) -> str:
         return page(self.graph)
@@ -115,6 +119,11 @@ class Program:
         who = self.rank if rank is None else rank
         if who is None:
             raise LayoutError("samples() needs a rank where torch.distributed is not initialised")
+        if self.bubbles is not None:
+            raise LayoutError(
+                "schedule 'filled' chooses who encodes what by the sizes of a step's batches: load "
+                "all samples on every rank, or write schedule='three_phase'"
+            )
         dp = self.graph.layouts[self.graph.sink].dp
         return {
             name: [
@@ -132,7 +141,7 @@ class Program:
         """The values that cross to the language phase, for the samples of all of ``batches``."""
         values = {
             node: batches.encoder_input(node)
-            for node in self._mine.placeholders()
+            for node in self.mine.placeholders()
             if node.meta["phase"] == "encode"
         }
         return self._encode(values)
@@ -142,7 +151,7 @@ class Program:
         returns."""
         values = {
             node: batches.sink_input(node, microbatch)
-            for node in self._mine.placeholders()
+            for node in self.mine.placeholders()
             if node.meta["phase"] == "language"
         }
         values |= dict(zip(self.cut, crossing, strict=True))
@@ -288,6 +297,18 @@ class Program:
         return [m for name, m in self.trainable().items() if name != self.graph.sink]
 
     @property
+    def encoder_module(self) -> nn.Module:
+        """The module that feeds the sink, where it is one, with its wrappers."""
+        (name,) = (name for name in self.graph.layouts if name != self.graph.sink)
+        return self.model.get_submodule(self.graph.targets[name])
+
+    @property
+    def scale(self) -> float:
+        """What that module's gradients from the sink are multiplied by."""
+        (name,) = (name for name in self.graph.layouts if name != self.graph.sink)
+        return float(self.graph.scale(name, self.graph.sink))
+
+    @property
     def sink_module(self) -> nn.Module:
         """The module that every other one feeds, with its wrappers."""
         return self.model.get_submodule(self.graph.targets[self.graph.sink])
@@ -312,6 +333,9 @@ class Program:
         """Give back the process groups that the program opened."""
         self._destroyed = True
         if self._world is not None:
+            if self.bubbles is not None:
+                self.bubbles.close(self._world)
+                self.bubbles = None
             close_groups(self._members, world=self._world)
         self._members = ()
         if self._owns_groups and self.groups is not None:

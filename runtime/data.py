@@ -45,15 +45,17 @@ class Batches:
         self.sink = graph.layouts[graph.sink]
         check_divides(graph, len(microbatches), self.size)
 
-    def encoder_input(self, node: fx.Node) -> Any:
-        """The samples of an encoder's input that this rank encodes, for the whole step."""
-        runs = sample_runs(
-            holding_of(self.graph, node.meta["module"]),
-            self.sink.dp,
-            len(self.microbatches),
-            self.size,
-            self.rank,
-        )
+    def encoder_input(self, node: fx.Node, runs: list[Run] | None = None) -> Any:
+        """The samples ``runs`` of an encoder's input; if not given, those that this rank encodes of
+        the whole step."""
+        if runs is None:
+            runs = sample_runs(
+                holding_of(self.graph, node.meta["module"]),
+                self.sink.dp,
+                len(self.microbatches),
+                self.size,
+                self.rank,
+            )
         parts = [self._cut(node, mb, start, stop) for mb, start, stop in runs]
         if len(parts) == 1:
             return parts[0]

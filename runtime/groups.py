@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 Members = tuple[int, ...]
-Use = Literal["shared", "pipeline"]
+Use = Literal["shared", "pipeline", "pipeline back", "embeddings", "gradients"]
 Key = tuple[Use, Members]
 
 

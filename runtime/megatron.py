@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from colocc.runtime.channels import Channel
     from colocc.runtime.groups import ProcessGroups
+    from colocc.runtime.pipeline import Between
 
 LANGUAGE = "language"
 _INPUTS = ("input_ids", "position_ids", "loss_mask", "labels")
@@ -212,10 +214,16 @@ def run_schedule(
     collect_non_loss_data: bool,
     force_all_reduce: bool,
     indices: Iterator[int],
+    filled: tuple[Channel, Channel, Between] | None = None,
 ) -> list[Any]:
-    """Return what Megatron's schedule returns: the losses on the last stage, [] elsewhere."""
+    """Return what Megatron's schedule returns: the losses on the last stage, [] elsewhere.
+
+    ``filled`` is the pipeline's way onward, its way back, and what runs between its tasks.
+    """
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from colocc.runtime.pipeline import FilledCommunicator
 
     common: dict[str, Any] = {
         "forward_step_func": forward_step,
@@ -232,8 +240,13 @@ def run_schedule(
     if collection.pp.size() == 1:
         result = schedules.forward_backward_no_pipelining(**common)
     else:
+        communicator = (
+            P2PCommunicator(pp_group=collection.pp, config=stage.config)
+            if filled is None
+            else FilledCommunicator(collection.pp, stage.config, *filled)
+        )
         result = schedules.forward_backward_pipelining_without_interleaving(
-            p2p_communicator=P2PCommunicator(pp_group=collection.pp, config=stage.config), **common
+            p2p_communicator=communicator, **common
         )
     return list(result)
 
@@ -251,6 +264,18 @@ def global_tokens(tokens: torch.Tensor, collection: ProcessGroupCollection) -> t
 def scale_gradients(module: Any, factor: torch.Tensor) -> None:
     """Multiply the gradients that DDP holds by ``factor``."""
     module.scale_gradients(factor)
+
+
+def start_reductions(module: Any) -> None:
+    """Start what backward would have with ``overlap_grad_reduce``, had it not run in ``no_sync``.
+
+    Until DDP has seen a backward outside of it, it waits for none and starts them by itself.
+    """
+    if not module.ddp_config.overlap_grad_reduce:
+        return
+    for group in module.bucket_groups + module.expert_parallel_bucket_groups:
+        if not group.is_first_batch:
+            group.start_grad_sync()
 
 
 def finish_gradients(
