@@ -59,7 +59,8 @@ def compile(
     ``schedule`` orders the work of ``forward_backward``: "three_phase" encodes the whole step
     first; "lookahead=2", at pp = 1, encodes 2 microbatches at a time, which bounds the memory of
     the encoders' activations; "filled", at pp > 1, encodes in the bubbles of the pipeline, if every
-    tp group of the encoder lies inside one of its stages.
+    tp group of the encoder lies inside one of its stages; "filled=2,6" in 2 portions a microbatch,
+    with the encoder's activations of 6 microbatches alive.
 
     Collective. Without an initialised torch.distributed the program can be printed, not run.
 

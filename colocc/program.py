@@ -94,7 +94,7 @@ class Program:
         self._output = mine.output()
         self._language = Executor(mine, "language", self.model, moves, self._output.all_input_nodes)
         if self.schedule.kind == "filled":
-            self.bubbles = Bubbles(self, timeout, self.schedule.portions)
+            self.bubbles = Bubbles(self, timeout, self.schedule.portions, self.schedule.window)
 
     def __str__(self) -> str:
         return page(self.graph)

@@ -83,8 +83,10 @@ class Places:
 class Bubbles:
     """What of the schedule ``filled`` outlives a step: groups, costs, timelines."""
 
-    def __init__(self, program: Program, timeout: timedelta, portions: int | None) -> None:
-        self.program, self.wish = program, portions
+    def __init__(
+        self, program: Program, timeout: timedelta, portions: int | None, window: int | None
+    ) -> None:
+        self.program, self.wish, self.window = program, portions, window
         self.portions = portions_of(program.graph)
         self.sink = program.graph.layouts[program.graph.sink]
         assert program.rank is not None
@@ -180,7 +182,7 @@ class Bubbles:
         found = []
         for portions in choices:
             costs = self._costs(batches, rows, seq_length, portions)
-            timeline = fill(self.sink.pp, count, portions, costs)
+            timeline = fill(self.sink.pp, count, portions, costs, window=self.window)
             found.append((timeline.length * (1 + PORTION_COST * portions), portions, timeline))
         _, portions, timeline = min(found, key=lambda one: one[:2])
         return portions, timeline

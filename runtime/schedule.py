@@ -17,6 +17,7 @@ position.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,12 +42,14 @@ if TYPE_CHECKING:
 class Schedule:
     """The order of a step's work; ``at_once`` microbatches are encoded together, None: all.
 
-    With ``filled`` a microbatch is encoded in ``portions``, None: as many as pay.
+    With ``filled`` a microbatch is encoded in ``portions``, None: as many as pay; the encoder
+    activations of ``window`` microbatches are alive, None: three for each stage.
     """
 
     kind: Literal["three_phase", "lookahead", "filled"] = "three_phase"
     at_once: int | None = None
     portions: int | None = None
+    window: int | None = None
 
     @classmethod
     def parse(cls, text: str, sink: tuple[str, Layout]) -> Schedule:
@@ -57,10 +60,9 @@ class Schedule:
         if text == "three_phase":
             return cls()
         name, _, number = text.partition("=")
-        if text == "filled":
-            return cls("filled")
-        if name == "filled" and number.isdecimal() and int(number) > 0:
-            return cls("filled", portions=int(number))
+        if filled := re.fullmatch(r"filled(?:=([1-9]\d*)(?:,([1-9]\d*))?)?", text):
+            portions, window = (int(found) if found else None for found in filled.groups())
+            return cls("filled", portions=portions, window=window)
         if name != "lookahead" or not number.isdecimal() or int(number) < 1:
             raise LayoutError(
                 f"schedule {text!r} is not known: write schedule='three_phase', or 'lookahead=2' "
@@ -83,8 +85,8 @@ class Schedule:
         ]
 
     def __str__(self) -> str:
-        number = self.at_once or self.portions
-        return self.kind if number is None else f"{self.kind}={number}"
+        numbers = [str(n) for n in (self.at_once, self.portions, self.window) if n is not None]
+        return "=".join([self.kind, ",".join(numbers)] if numbers else [self.kind])
 
 
 @dataclass

@@ -21,12 +21,14 @@ import torch
 from examples.benchmark import report
 from examples.benchmark.cases import SETS, Case
 
-# One hardware queue, as Megatron wants it to overlap communication; segments that can grow.
+# Segments that can grow.
 SETTINGS = {
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "OMP_NUM_THREADS": "1",
 }
+# One hardware queue, as Megatron wants it to overlap communication; messages that wait for each
+# other, as filled sends them, would deadlock in it.
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 # How long the peers of a failed rank have to say what they saw.
 GRACE = 2.0
 Failed = dict[str, dict[str, str]]
@@ -116,13 +118,14 @@ def run(cases: list[Case], options: argparse.Namespace) -> str | None:
     (options.out / "arm.txt").unlink(missing_ok=True)
     log = options.out / "ranks.log"
     with log.open("w") as file:
-        code = launch(
-            [sys.executable, "-m", "examples.benchmark.worker", str(path)], options.ranks, file
-        )
+        command = [sys.executable, "-m", "examples.benchmark.worker", str(path)]
+        filled = any(arm.startswith("filled") for case in cases for arm in case.arms)
+        settings = SETTINGS | ({} if filled else ONE_QUEUE)
+        code = launch(command, options.ranks, file, settings)
     return None if code == 0 else reason_of(log.read_text(), code)
 
 
-def launch(command: list[str], ranks: int, log: IO[str]) -> int:
+def launch(command: list[str], ranks: int, log: IO[str], settings: dict[str, str]) -> int:
     """Run ``command`` on every rank; return 0, or what the first rank to fail exits with.
 
     One rank's failure ends the others, which would wait for it.
@@ -134,7 +137,7 @@ def launch(command: list[str], ranks: int, log: IO[str]) -> int:
     started = []
     for rank in range(ranks):
         place = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        env = SETTINGS | os.environ | place
+        env = settings | os.environ | place
         started.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
     try:
         while True:

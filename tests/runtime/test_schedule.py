@@ -326,7 +326,9 @@ def test_a_chunk_that_cannot_be_cut_is_refused(processes: ProcessPool) -> None:
         assert text.startswith("schedule lookahead=2: a step of 1 microbatches of 6 = 6 samples")
 
 
-@pytest.mark.parametrize("text", ["fast", "lookahead", "lookahead=0", "lookahead=x", "three"])
+@pytest.mark.parametrize(
+    "text", ["fast", "lookahead", "lookahead=0", "lookahead=x", "three", "filled=0", "filled=1,"]
+)
 def test_unknown_schedules(text: str) -> None:
     with pytest.raises(LayoutError, match="write schedule='three_phase', or 'lookahead=2'"):
         Schedule.parse(text, ("language", Layout()))
