@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from colocc.errors import LayoutError
+from colocc.passes.capture import Method
 from colocc.passes.dump import dot, page, ranks
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.phases import cut
@@ -57,6 +58,7 @@ class Program:
         self.rank = dist.get_rank() if dist.is_initialized() else None
         self.groups, self._owns_groups = groups, False
         self._optional = megatron.optional_inputs(model)
+        self._quiet = megatron.QuietGlue(model) if megatron.is_mimo(model) else None
         self._agreed = self._destroyed = False
         self.cut: list[fx.Node] = []
         self.redistributions: dict[str, Redistribution] = {}
@@ -92,7 +94,14 @@ class Program:
         self.cut = cut(mine)
         self._encode = Executor(mine, "encode", self.model, moves, self.cut)
         self._output = mine.output()
-        self._language = Executor(mine, "language", self.model, moves, self._output.all_input_nodes)
+        self._language = Executor(
+            mine,
+            "language",
+            self.model,
+            moves,
+            self._output.all_input_nodes,
+            self._quiet.methods() if self._quiet is not None else None,
+        )
         if self.schedule.kind == "filled":
             self.bubbles = Bubbles(self, timeout, self.schedule.portions, self.schedule.window)
 
@@ -146,6 +155,17 @@ class Program:
         }
         return self._encode(values)
 
+    def look_ahead(self, batches: Batches) -> None:
+        """Learn what the language phase of ``batches`` must know of its values, in one wait."""
+        ids = [n for n in self.mine.placeholders() if n.meta["path"] == ("input_ids",)]
+        if self._quiet is not None and ids and self._looks(ids[0]):
+            every = range(len(batches.microbatches))
+            self._quiet.count([batches.sink_input(ids[0], index) for index in every])
+
+    @staticmethod
+    def _looks(node: fx.Node) -> bool:
+        return any(isinstance(user.target, Method) for user in node.users)
+
     def language(self, batches: Batches, microbatch: int, crossing: list[Any]) -> Any:
         """One microbatch through this rank's part of the language phase; what the forward
         returns."""
@@ -155,6 +175,8 @@ class Program:
             if node.meta["phase"] == "language"
         }
         values |= dict(zip(self.cut, crossing, strict=True))
+        if self._quiet is not None:
+            self._quiet.turn_to(microbatch)
         results = dict(zip(self._output.all_input_nodes, self._language(values), strict=True))
         return fx.node.map_arg(self._output.args[0], results.__getitem__)
 
@@ -171,6 +193,7 @@ class Program:
                 "program.forward_backward(batches, num_microbatches=..., loss_func=...)"
             )
         batches = self._batches([batch])
+        self.look_ahead(batches)
         return self.language(batches, 0, self.encode(batches))
 
     def forward_backward(

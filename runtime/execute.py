@@ -16,7 +16,7 @@ class Executor:
     """The nodes of one phase of a graph, bound to the user's model and the redistributions.
 
     Submodules are looked up at each call, so a module that was wrapped (by DDP, say) after the
-    compile is called through its wrapper.
+    compile is called through its wrapper. ``methods`` stand in for those of the model.
     """
 
     def __init__(
@@ -26,8 +26,10 @@ class Executor:
         model: nn.Module,
         redistributions: Mapping[str, Callable[[Any], Any]],
         results: list[fx.Node],
+        methods: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.model, self.redistributions = model, redistributions
+        self.methods = methods or {}
         self.nodes = [
             n
             for n in graph.fx.nodes
@@ -57,7 +59,8 @@ class Executor:
         if node.name in self.redistributions:
             return self.redistributions[node.name](*args)
         if isinstance(target, Method):
-            return getattr(self.model, target.name)(*args, **kwargs)
+            method = self.methods.get(target.name) or getattr(self.model, target.name)
+            return method(*args, **kwargs)
         if node.op == "call_function":
             return target(*args, **kwargs)  # type: ignore[operator]
         if node.op == "call_method":

@@ -219,6 +219,7 @@ def run_step(
         encoders = Chunks(program, chunks, train=train)
     else:
         encoders = Filled(program, program.bubbles, batches, seq_length=seq_length, train=train)
+    program.look_ahead(batches)
     encoders.start()
     tokens: list[torch.Tensor | None] = []
 
