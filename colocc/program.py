@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,11 +28,13 @@ from colocc.runtime.groups import (
     ProcessGroups,
     agree_on,
     close_groups,
+    gather_texts,
     open_groups,
     process_groups,
 )
 from colocc.runtime.redistribution import Redistribution
 from colocc.runtime.schedule import Schedule, run_step
+from colocc.runtime.trace import Recorder, chrome, from_text, picture, to_text
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
@@ -58,6 +63,7 @@ class Program:
         self.rank = dist.get_rank() if dist.is_initialized() else None
         self.groups, self._owns_groups = groups, False
         self._optional = megatron.optional_inputs(model)
+        self.recorder: Recorder | None = None
         self._quiet = megatron.QuietGlue(model) if megatron.is_mimo(model) else None
         self._agreed = self._destroyed = False
         self.cut: list[fx.Node] = []
@@ -92,7 +98,9 @@ class Program:
                     plans[node.name], opened, rank, name=node.name, dim=dim
                 )
         self.cut = cut(mine)
-        self._encode = Executor(mine, "encode", self.model, moves, self.cut)
+        self._encode = Executor(
+            mine, "encode", self.model, moves, self.cut, noted=lambda kind: self.noted(kind)
+        )
         self._output = mine.output()
         self._language = Executor(
             mine,
@@ -238,6 +246,32 @@ class Program:
             force_all_reduce=force_all_reduce,
             seq_length=length,
         )
+
+    @contextlib.contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Inside, note what every rank does in a step; rank 0 then writes it to ``path`` for Chrome
+        or Perfetto, and as a PNG beside it if matplotlib is at hand.
+
+        Collective; one ``forward_backward`` goes inside. Idle time is what lies between.
+        """
+        self.recorder = Recorder()
+        try:
+            yield
+            spans = self.recorder.spans()
+        finally:
+            self.recorder = None
+        ranks = [from_text(text) for text in gather_texts(to_text(spans))]
+        if self.rank == 0:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(chrome(ranks))
+            if importlib.util.find_spec("matplotlib") is not None:
+                picture(ranks, Path(path).with_suffix(".png"))
+
+    def noted(self, kind: str, microbatch: int = -1) -> contextlib.AbstractContextManager[None]:
+        """Inside, this rank does ``kind`` of work: noted if the step is traced."""
+        if self.recorder is None:
+            return contextlib.nullcontext()
+        return self.recorder.span(kind, microbatch)
 
     def _check_trainable(self, forward_only: bool) -> None:
         if not megatron.is_mimo(self.model):

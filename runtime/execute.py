@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import fx, nn
@@ -16,7 +17,8 @@ class Executor:
     """The nodes of one phase of a graph, bound to the user's model and the redistributions.
 
     Submodules are looked up at each call, so a module that was wrapped (by DDP, say) after the
-    compile is called through its wrapper. ``methods`` stand in for those of the model.
+    compile is called through its wrapper. ``methods`` stand in for those of the model;
+    redistributions run ``noted``.
     """
 
     def __init__(
@@ -27,9 +29,11 @@ class Executor:
         redistributions: Mapping[str, Callable[[Any], Any]],
         results: list[fx.Node],
         methods: Mapping[str, Callable[..., Any]] | None = None,
+        noted: Callable[[str], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.model, self.redistributions = model, redistributions
         self.methods = methods or {}
+        self.noted = noted or (lambda kind: nullcontext())
         self.nodes = [
             n
             for n in graph.fx.nodes
@@ -57,7 +61,8 @@ class Executor:
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target = node.target
         if node.name in self.redistributions:
-            return self.redistributions[node.name](*args)
+            with self.noted("redistribute"):
+                return self.redistributions[node.name](*args)
         if isinstance(target, Method):
             method = self.methods.get(target.name) or getattr(self.model, target.name)
             return method(*args, **kwargs)

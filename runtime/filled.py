@@ -353,7 +353,7 @@ class Filled:
         mine = self._mine(microbatch, portion)
         if not mine:
             return
-        with torch.set_grad_enabled(self.learns):
+        with torch.set_grad_enabled(self.learns), self.program.noted("encode", microbatch):
             value = self.bubbles.run_encoder(
                 self.batches, [(microbatch, piece.start, piece.stop) for piece in mine]
             )
@@ -410,7 +410,10 @@ class Filled:
             parts.append(buffer)
         gradient = torch.cat(parts, dim=self.rows.dim) if len(parts) > 1 else parts[0]
         scale = self.program.scale
-        with megatron.no_sync(self.program.encoder_module):
+        with (
+            megatron.no_sync(self.program.encoder_module),
+            self.program.noted("encode_backward", microbatch),
+        ):
             torch.autograd.backward(value, gradient * scale if scale != 1 else gradient)
 
     def _narrow(self, tensor: torch.Tensor, first: int, samples: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ class LoneGroup(dist.ProcessGroup):
     # Nothing is opened ahead for a device that torch is bound to (device_id), nor split from it.
     supports_splitting = False
 
-    def _get_backend(self, device: torch.device) -> LoneGroup:  # type: ignore[override]
+    def _get_backend(self, device: torch.device) -> LoneGroup:
         """The backend of every device: this group is its own."""
         return self
 

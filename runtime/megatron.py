@@ -151,12 +151,12 @@ class QuietGlue:
     def methods(self) -> dict[str, Callable[..., Any]]:
         """What stands in for the model's methods of these names; those of a subclass stay."""
         base = sys.modules["megatron.core.models.mimo.model.base"].MimoModel
-        mine = {
+        mine: dict[str, Callable[..., Any]] = {
             "get_text_embeddings": self._text,
             "align_embeddings_by_token_positions": self._merged,
         }
-        own = type(self.model)
-        return {n: call for n, call in mine.items() if getattr(own, n) is getattr(base, n)}
+        own: Any = type(self.model)
+        return {n: call for n, call in mine.items() if vars(base)[n] is getattr(own, n)}
 
     def count(self, input_ids: list[torch.Tensor]) -> None:
         """Learn the placeholders in each microbatch of a step; waits for the device, once."""

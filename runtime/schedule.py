@@ -179,7 +179,10 @@ class Chunks:
         self._backward(last=False)
         batches = self.todo.pop(0)
         encoded = Encoded(self.program.cut, [])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train):
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and self.train),
+            self.program.noted("encode"),
+        ):
             encoded.whole = self.program.encode(batches)
         count = len(batches.microbatches)
         encoded.cut(count)
@@ -196,6 +199,7 @@ class Chunks:
         with contextlib.ExitStack() as stack:
             for module in self.program.trainable_encoders() if not last else ():
                 stack.enter_context(megatron.no_sync(module))
+            stack.enter_context(self.program.noted("encode_backward"))
             encoded.backward()
 
 
@@ -228,7 +232,12 @@ def run_step(
 
     def forward_step(indices: Iterator[int], model: Any) -> tuple[Any, Callable[..., Any] | None]:
         index = next(indices)
-        return program.language(batches, index, encoders.leaves(index)), loss_func
+        leaves = encoders.leaves(index)
+        with program.noted("forward", index):
+            output = program.language(batches, index, leaves)
+        if program.recorder is not None:
+            program.recorder.watch_backward(pytree.tree_leaves(output)[0], index)
+        return output, loss_func
 
     results = megatron.run_schedule(
         megatron.Stage(program.sink_module, collect),
@@ -245,5 +254,6 @@ def run_step(
     )
     encoders.finish()
     if train:
-        finalize(program, tokens[0], force_all_reduce=force_all_reduce)
+        with program.noted("reduce"):
+            finalize(program, tokens[0], force_all_reduce=force_all_reduce)
     return results

@@ -98,7 +98,7 @@ class Waits(TorchDispatchMode):
     """Records the operations that wait for a GPU, as their result goes to the host or sizes one."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,10 +122,11 @@ def glue_on_rank(_: int) -> tuple[list[bool], list[str], list[str], str]:
             ids, places = batch["input_ids"], batch["position_ids"]
             rows = {"images": torch.randn(int((ids == mimo.VOCABULARY - 1).sum()), mimo.HIDDEN)}
             found = []
-            for seen, text, merge in (
+            pairs: list[tuple[Waits, Any, Any]] = [
                 (theirs, model.get_text_embeddings, model.align_embeddings_by_token_positions),
                 (ours, *methods.values()),
-            ):
+            ]
+            for seen, text, merge in pairs:
                 with seen:
                     embedded = text(ids, places, tokens)
                     merged = merge(rows | {"text": embedded}, ids, tokens)
