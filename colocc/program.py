@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from colocc.errors import LayoutError
 from colocc.passes.capture import Method
@@ -162,6 +163,25 @@ class Program:
             if node.meta["phase"] == "encode"
         }
         return self._encode(values)
+
+    def check_learns(self, crossing: list[Any]) -> None:
+        """Raise LayoutError, where gradients are on, for a value of a module with parameters to
+        train that has lost its way back to them."""
+        if not torch.is_grad_enabled():
+            return
+        trainable = self.trainable()
+        for node, value in zip(self.cut, crossing, strict=True):
+            source = node.all_input_nodes[0] if node.name in self.redistributions else node
+            name = source.meta["module"]
+            if name in trainable and not any(
+                leaf.requires_grad for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)
+            ):
+                raise LayoutError(
+                    f"{name} has parameters to train, and its output {source.name} requires no "
+                    "grad: they would get no gradient. A recomputed layer whose input requires no "
+                    f"grad loses them: leave it out of the recomputation of {name}, or put a layer "
+                    "with parameters before it."
+                )
 
     def look_ahead(self, batches: Batches) -> None:
         """Learn what the language phase of ``batches`` must know of its values, in one wait."""

@@ -27,7 +27,7 @@ from colocc.passes.graph import Graph, first_type
 from colocc.passes.portions import Piece, Portions
 from colocc.passes.timeline import Costs, Task, Timeline, fill
 from colocc.runtime import megatron
-from colocc.runtime.channels import Channel
+from colocc.runtime.channels import Arrival, Channel
 from colocc.runtime.data import Batches
 from colocc.runtime.execute import Executor
 from colocc.runtime.groups import Use, close_groups, open_groups
@@ -122,19 +122,29 @@ class Bubbles:
                 "queue where device_id was given to init_process_group: leave it out, or write "
                 "schedule='three_phase'"
             )
-        channels = {}
-        for use, lists in self._lists.items():
+        host = None
+        if self.needs_care():
+            (host,) = open_groups(everyone, timeout=timeout, use="host").values()
+        channels = []
+        for tag, (use, lists) in enumerate(self._lists.items()):
             mine = open_groups(lists, timeout=timeout, use=use)
             members = next(members for members in lists if self.rank in members)
-            channels[use] = Channel(mine[tuple(sorted(members))])
-        self.onward, self.back = channels["pipeline"], channels["pipeline back"]
-        self.embeddings, self.gradients = channels["embeddings"], channels["gradients"]
+            channels.append(Channel(mine[tuple(sorted(members))], host, tag))
+        if host is not None:
+            self._lists["host"] = everyone
+        self.channels = tuple(channels)
+        self.onward, self.back, self.embeddings, self.gradients = channels
         chain = [pair for ranks in pipelines for pair in itertools.pairwise(ranks)]
         embeddings, gradients = self.portions.routes()
         self.onward.connect(chain)
         self.back.connect([(after, before) for before, after in chain])
         self.embeddings.connect(embeddings)
         self.gradients.connect(gradients)
+
+    @staticmethod
+    def needs_care() -> bool:
+        """Whether messages are kernels."""
+        return "nccl" in dist.get_backend()
 
     def close(self, world: Any) -> None:
         """Give the groups back."""
@@ -149,7 +159,8 @@ class Bubbles:
             if isinstance(leaf, torch.Tensor)
         )
         if key not in self._rows:
-            with torch.no_grad(), torch.random.fork_rng():
+            gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            with torch.no_grad(), torch.random.fork_rng(gpus):
                 value = self.run_encoder(batches, [(0, 0, 1)])
             shape = tuple(value.shape)
             self._rows[key] = Rows(shape, self.dim, value.dtype, value.device)
@@ -167,10 +178,16 @@ class Bubbles:
         return result
 
     def places(self, batches: Batches, rows: Rows, seq_length: int, *, train: bool) -> Places:
-        """What runs where; the same question has the same answer on every rank."""
+        """What runs where; the same question has the same answer on every rank.
+
+        The first step of its kind loads kernels, so its messages are careful.
+        """
         count = len(batches.microbatches)
         key = (count, batches.size, rows.shape, seq_length, train)
-        if key not in self._places:
+        first = key not in self._places
+        for channel in self.channels:
+            channel.careful = first
+        if first:
             portions, timeline = self._timeline(batches, rows, seq_length)
             self._places[key] = _places(timeline, self.stage, portions, train=train)
         return self._places[key]
@@ -247,6 +264,7 @@ class Filled:
         train: bool,
     ) -> None:
         self.program, self.bubbles, self.batches = program, bubbles, batches
+        megatron.gather_parameters(program.encoder_module)
         self.rows = bubbles.rows(batches)
         self.places = bubbles.places(batches, self.rows, seq_length, train=train)
         # A frozen encoder has no backward, and nothing returns to it.
@@ -326,12 +344,7 @@ class Filled:
         """Run what is left after the last language task; then every gradient is complete."""
         self.before(len(self.places.before) - 1)
         assert not self.encoded
-        for channel in (
-            self.bubbles.onward,
-            self.bubbles.back,
-            self.bubbles.embeddings,
-            self.bubbles.gradients,
-        ):
+        for channel in self.bubbles.channels:
             channel.flush()
         if self.learns:
             for module in self.program.trainable_encoders():
@@ -357,6 +370,7 @@ class Filled:
             value = self.bubbles.run_encoder(
                 self.batches, [(microbatch, piece.start, piece.stop) for piece in mine]
             )
+        self.program.check_learns([value])
         self._check(value, sum(piece.stop - piece.start for piece in mine))
         self.encoded[microbatch, portion] = value
         first, split = 0, self.bubbles.portions
@@ -382,7 +396,7 @@ class Filled:
 
     def _arriving(
         self, microbatch: int, portion: int, piece: Piece
-    ) -> tuple[torch.Tensor, dist.Work | None]:
+    ) -> tuple[torch.Tensor, Arrival | None]:
         source = self.bubbles.portions.source(piece, self.bubbles.rank)
         if source != self.bubbles.rank:
             buffer = self.rows.empty(piece.stop - piece.start)

@@ -363,6 +363,18 @@ def scale_gradients(module: Any, factor: torch.Tensor) -> None:
     module.scale_gradients(factor)
 
 
+def gather_parameters(module: Any) -> None:
+    """Gather what ``overlap_param_gather`` has put off until a forward, which a rank may not run.
+
+    The last group comes first: as Megatron's hooks have it, each starts the one before it.
+    """
+    if not is_ddp(module) or not module.ddp_config.overlap_param_gather:
+        return
+    for groups in (module.bucket_groups, module.expert_parallel_bucket_groups):
+        for group in reversed(groups):
+            group.finish_param_sync()
+
+
 def start_reductions(module: Any) -> None:
     """Start what backward would have with ``overlap_grad_reduce``, had it not run in ``no_sync``.
 

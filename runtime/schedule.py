@@ -184,6 +184,7 @@ class Chunks:
             self.program.noted("encode"),
         ):
             encoded.whole = self.program.encode(batches)
+            self.program.check_learns(encoded.whole)
         count = len(batches.microbatches)
         encoded.cut(count)
         self.encoded, self.first, self.stop = encoded, self.stop, self.stop + count

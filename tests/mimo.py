@@ -100,6 +100,8 @@ def build(
     frozen: tuple[str, ...] = (),
     distributed_optimizer: bool = False,
     overlap: bool = False,
+    gather: bool = False,
+    recompute: bool = False,
     wrap: bool = True,
     seed: int = 0,
 ) -> MimoModel:
@@ -109,9 +111,14 @@ def build(
     per = {"calculate_per_token_loss": per_token}
     configs = {n: config_of(at, 2, ENCODER_HIDDEN, **per) for n, at in layouts.items()}
     configs["language"] = config_of(language, 4, HIDDEN, sequence_parallel=sequence_parallel, **per)
-    if sequence_parallel:
+    if sequence_parallel or recompute:
         model_parallel_cuda_manual_seed(seed, tp_rank=pg.tp.rank(), ep_rank=0, etp_rank=0)
     names = [name for name in layouts if name != "language"]
+    if recompute:
+        for name in names:
+            configs[name].recompute_granularity = "full"
+            configs[name].recompute_method = "uniform"
+            configs[name].recompute_num_layers = 1
     specs = {
         name: ModuleSpec(
             module=VisionModalitySubmodules,
@@ -160,7 +167,9 @@ def build(
         ddp = DistributedDataParallel(
             configs[name],
             DistributedDataParallelConfig(
-                use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=overlap
+                use_distributed_optimizer=distributed_optimizer,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=gather,
             ),
             module,
             pg_collection=groups[name],

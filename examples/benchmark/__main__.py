@@ -25,6 +25,7 @@ from examples.benchmark.cases import SETS, Case
 SETTINGS = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
 }
 # One hardware queue, as Megatron wants it to overlap communication; messages that wait for each
 # other, as filled sends them, would deadlock in it.
@@ -37,15 +38,24 @@ Failed = dict[str, dict[str, str]]
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.results:
+        lines = [line for path in options.results for line in path.read_text().splitlines()]
+        return write([json.loads(line) for line in lines], options)
     cases = [case for name in options.sets for case in SETS[name]]
     if options.arms:
         cases = [replace(case, arms=tuple(options.arms)) for case in cases]
     if options.cases:
         cases = [cases[index] for index in options.cases]
-    results = measure(cases, options)
+    return write(measure(cases, options), options)
+
+
+def write(results: list[report.Result], options: argparse.Namespace) -> int:
+    """Write the files; return 1 if arms differ in loss or norm, which is printed."""
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
     (options.out / "results.md").write_text(report.markdown(results))
     report.plot(results, options.out / "steps.png")
+    if options.page is not None:
+        options.page.write_text(report.page(results))
     sys.stdout.write(report.markdown(results))
     tolerance = 2e-2 if torch.cuda.is_available() else 1e-5
     problems = [line for result in results for line in report.differing(result, tolerance)]
@@ -56,7 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.benchmark", description=__doc__)
-    parser.add_argument("sets", nargs="+", choices=list(SETS))
+    parser.add_argument("sets", nargs="*", metavar="set", help=", ".join(SETS))
+    parser.add_argument("--page", type=Path, help="write the results there too, as RESULTS.md")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", help="run nothing: only write what these lines say"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
     parser.add_argument("--cases", type=int, nargs="*", help="only these, by place in the sets")
     parser.add_argument("--arms", nargs="*", help="instead of those of the cases")
@@ -69,7 +83,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--overlap", action="store_true", help="DDP's overlap_grad_reduce")
     parser.add_argument("--profile", action="store_true", help="a step of each arm, profiled")
     parser.add_argument("--eager", action="store_true", help="init_process_group(device_id=...)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.sets if name not in SETS]:
+        parser.error(f"no such set: {', '.join(unknown)}; there are {', '.join(SETS)}")
+    if not options.sets and not options.results:
+        parser.error("give a set of cases, or --results")
+    return options
 
 
 def measure(cases: list[Case], options: argparse.Namespace) -> list[report.Result]:

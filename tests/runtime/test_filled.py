@@ -9,6 +9,7 @@ import torch
 import colocc
 from colocc import Layout, LayoutError
 from colocc.runtime import cpu
+from colocc.runtime.filled import Bubbles
 from tests import mimo
 from tests.harness import ProcessPool
 from tests.runtime.test_schedule import (
@@ -202,3 +203,31 @@ def test_other_layouts_are_refused(
 ) -> None:
     for found in processes.run(2, partial(refused_on_rank, layouts=layouts)):
         assert text in found
+
+
+def careful_on_rank(_: int, layouts: dict[str, Layout]) -> list[Any]:
+    """The gradients of the same step twice, the first time with messages through the host."""
+    with pytest.MonkeyPatch.context() as patch, cpu.ranks():
+        patch.setattr(Bubbles, "needs_care", staticmethod(lambda: True))
+        with colocc.process_groups(layouts) as groups:
+            model = mimo.build(groups, layouts)
+            with colocc.compile(model, layouts, groups=groups, schedule="filled") as program:
+                assert program.bubbles is not None
+                found, careful = [], []
+                for _step in range(2):
+                    model.zero_grad_buffer()
+                    program.forward_backward(
+                        batches(3), num_microbatches=3, loss_func=mimo.loss_func
+                    )
+                    careful.append(program.bubbles.onward.careful)
+                    weights: list[Any] = list(model.parameters())
+                    found.append([weight.main_grad.clone() for weight in weights])
+                assert careful == [True, False]
+                return found
+
+
+def test_the_first_step_sends_through_the_host(processes: ProcessPool) -> None:
+    for one, other in processes.run(2, partial(careful_on_rank, layouts=layouts_of(*TWO))):
+        assert any(gradient.any() for gradient in one)
+        for gradient, again in zip(one, other, strict=True):
+            torch.testing.assert_close(again, gradient)

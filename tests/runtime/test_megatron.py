@@ -14,6 +14,7 @@ from tests import mimo
 from tests.harness import ProcessPool
 
 ONE = {"images": Layout(), "language": Layout()}
+MERGE = "align_embeddings_by_token_positions"
 
 
 def legacy_on_rank(_: int, order: str) -> tuple[str, int, list[tuple[float, int]], bool]:
@@ -50,13 +51,19 @@ def test_a_legacy_script_compiles_without_a_bridge(processes: ProcessPool, order
 
 
 def train_on_rank(
-    _: int, layouts: dict[str, Layout], distributed: bool
+    _: int,
+    layouts: dict[str, Layout],
+    distributed: bool,
+    schedule: str = "three_phase",
+    overlap: bool = False,
 ) -> list[tuple[float, list[tuple[float, int]]]]:
     from megatron.core.optimizer import OptimizerConfig
 
     with cpu.ranks(), colocc.process_groups(layouts) as groups:
-        model = mimo.build(groups, layouts, distributed_optimizer=distributed)
-        with colocc.compile(model, layouts, groups=groups) as program:
+        model = mimo.build(
+            groups, layouts, distributed_optimizer=distributed, overlap=overlap, gather=overlap
+        )
+        with colocc.compile(model, layouts, groups=groups, schedule=schedule) as program:
             optimizer = program.optimizer(
                 OptimizerConfig(
                     optimizer="adam",
@@ -64,6 +71,7 @@ def train_on_rank(
                     weight_decay=0.0,
                     clip_grad=1.0,
                     use_distributed_optimizer=distributed,
+                    overlap_param_gather=overlap,
                 )
             )
             losses: list[tuple[float, list[tuple[float, int]]]] = []
@@ -92,6 +100,26 @@ def test_the_distributed_optimizer_steps_as_the_plain_one(processes: ProcessPool
         wanted, count = (sum(part) for part in zip(*logs, strict=True))
         assert tokens == count
         assert total == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("language", "schedule"),
+    [(Layout(pp=2), "three_phase"), (Layout(pp=2), "filled=1"), (Layout(tp=2), "lookahead=1")],
+)
+def test_parameters_gathered_behind_the_step_before(
+    processes: ProcessPool, language: Layout, schedule: str
+) -> None:
+    work = partial(
+        train_on_rank,
+        layouts={"images": Layout(dp=2), "language": language},
+        distributed=True,
+        schedule=schedule,
+    )
+    plain, overlapped = processes.run(2, work), processes.run(2, partial(work, overlap=True))
+    for one, other in zip(plain, overlapped, strict=True):
+        for (norm, logs), (wanted_norm, wanted) in zip(other, one, strict=True):
+            assert norm == pytest.approx(wanted_norm, rel=1e-5)
+            assert logs == [pytest.approx(log, rel=1e-5) for log in wanted]
 
 
 class Waits(TorchDispatchMode):
@@ -124,7 +152,7 @@ def glue_on_rank(_: int) -> tuple[list[bool], list[str], list[str], str]:
             found = []
             pairs: list[tuple[Waits, Any, Any]] = [
                 (theirs, model.get_text_embeddings, model.align_embeddings_by_token_positions),
-                (ours, *methods.values()),
+                (ours, methods["get_text_embeddings"], methods[MERGE]),
             ]
             for seen, text, merge in pairs:
                 with seen:
@@ -133,9 +161,7 @@ def glue_on_rank(_: int) -> tuple[list[bool], list[str], list[str], str]:
                 found.append((embedded, merged))
             same += [torch.equal(one, other) for one, other in zip(*found, strict=True)]
             with pytest.raises(ValueError, match="Number of images tokens") as caught:
-                methods["align_embeddings_by_token_positions"](
-                    {"images": rows["images"][1:]}, ids, tokens
-                )
+                methods[MERGE]({"images": rows["images"][1:]}, ids, tokens)
             refused = str(caught.value)
         return same, theirs.seen, ours.seen, refused
 

@@ -179,7 +179,13 @@ def check(
         counts,
         layouts["language"].dp,
         encoders(layouts),
-        tuple(sorted((name, value) for name, value in options.items() if name != "overlap")),
+        tuple(
+            sorted(
+                (name, value)
+                for name, value in options.items()
+                if name not in ("overlap", "recompute")
+            )
+        ),
     )
     for index, (count, run) in enumerate(zip(counts, wanted, strict=True)):
         seen = [rank[index] for rank in ranks]
@@ -348,6 +354,32 @@ def test_mean_losses(
 ) -> None:
     layouts = layouts_of((4, 2), language, ORDERS[0])
     check(processes, reference, layouts, (3,), per_token=False)
+
+
+@pytest.mark.parametrize("schedule", ["three_phase", "filled"])
+def test_recomputed_encoder(processes: ProcessPool, reference: Oracle, schedule: str) -> None:
+    layouts = layouts_of((1, 2), (1, 2, 1), ORDERS[0])
+    check(processes, reference, layouts, (3,), schedule=schedule, recompute=True)
+
+
+def lost_on_rank(_: int, layouts: dict[str, Layout]) -> str:
+    """An encoder whose first layer is recomputed, from pixels that require no grad."""
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts, recompute=True)
+        encoder: Any = model.modality_submodules["images"]
+        encoder.module.encoders["vit"].inward.requires_grad_(False)
+        encoder.module.encoders["vit"].outward.requires_grad_(False)
+        with (
+            colocc.compile(model, layouts, groups=groups) as program,
+            pytest.raises(LayoutError, match="images has parameters to train, and its output"),
+        ):
+            program.forward_backward(batches(2), num_microbatches=2, loss_func=mimo.loss_func)
+    return "refused"
+
+
+def test_recomputation_that_loses_gradients_is_refused(processes: ProcessPool) -> None:
+    layouts = layouts_of((1, 2), (2, 1, 1), ORDERS[0])
+    assert processes.run(2, partial(lost_on_rank, layouts=layouts)) == ["refused"] * 2
 
 
 def test_tied_embeddings(processes: ProcessPool, reference: Oracle) -> None:
