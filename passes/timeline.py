@@ -96,10 +96,10 @@ def fill(
     """Return the shortest timeline of all policies, with ``portions`` to encode a microbatch.
 
     ``window`` bounds the microbatches whose encoder activations are alive, of which each stage has
-    its part. It is at least one more than ``stages``, as many as 1F1B needs; three times that if
-    not given.
+    its part. It is at least one more than ``stages``, as many as 1F1B needs; four for each
+    stage if not given.
     """
-    limit = max(stages + 1, 3 * stages if window is None else window)
+    limit = max(stages + 1, 4 * stages if window is None else window)
     windows = sorted({min(limit, 2 * stages), limit})
     shares = (1.0, 1.15, inf)
     policies = itertools.product((False, True), shares, windows, (False, True))

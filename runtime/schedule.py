@@ -43,7 +43,7 @@ class Schedule:
     """The order of a step's work; ``at_once`` microbatches are encoded together, None: all.
 
     With ``filled`` a microbatch is encoded in ``portions``, None: as many as pay; the encoder
-    activations of ``window`` microbatches are alive, None: three for each stage.
+    activations of ``window`` microbatches are alive, None: four for each stage.
     """
 
     kind: Literal["three_phase", "lookahead", "filled"] = "three_phase"
