@@ -85,7 +85,7 @@ def test_greedy_is_within_five_percent_of_ideal(
     best = ideal_length(stages, microbatches, portions, costs)
     # The first microbatch's encoding and the last one's backward have nothing to hide behind.
     exposed = 2 * (costs.encode + costs.encode_backward)
-    assert best <= found <= 1.05 * best + exposed
+    assert (1 - 1e-9) * best <= found <= 1.05 * best + exposed
     assert found <= three_phase_length(stages, microbatches, portions, costs)
 
 

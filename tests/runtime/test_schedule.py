@@ -370,7 +370,8 @@ def lost_on_rank(_: int, layouts: dict[str, Layout]) -> str:
         model = mimo.build(groups, layouts)
         encoder: Any = model.modality_submodules["images"]
         vit = encoder.module.encoders["vit"]
-        vit.forward = partial(checkpoint, vit.forward, use_reentrant=True)
+        forward = vit.forward
+        vit.forward = lambda x: checkpoint(forward, x, use_reentrant=True)
         with (
             warnings.catch_warnings(action="ignore"),
             colocc.compile(model, layouts, groups=groups) as program,
