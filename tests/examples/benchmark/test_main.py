@@ -54,7 +54,8 @@ def test_results_of_several_runs_are_written_together(tmp_path: Path) -> None:
         "loss": 1.0,
         "norm": 1.0,
     }
-    line = {"case": case.to_json(), "arms": {"three_phase": arm}, "device": "CPU", "world": 2}
+    case_line = {"case": case.to_json(), "arms": {"three_phase": arm}}
+    line = json.loads(json.dumps(case_line | {"device": "CPU", "world": 2}))
     files = [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
     for file in files:
         file.write_text(json.dumps(line) + "\n")
