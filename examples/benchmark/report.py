@@ -177,7 +177,7 @@ def plot(results: list[Result], path: Path) -> None:
         spread = [_half_spread(result["arms"][arm].get("seconds", [])) for arm in arms]
         bars = axis.barh(arms, seconds, xerr=spread, color="#4c78a8", height=0.7)
         labels = [
-            f"{value:.3f} s" if value else result["arms"][arm]["failed"]
+            f"{value:.3f} s" if value else result["arms"][arm]["failed"][:40]
             for arm, value in zip(arms, seconds, strict=True)
         ]
         axis.bar_label(bars, labels, padding=4, fontsize=8)
