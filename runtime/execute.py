@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import fx, nn
@@ -17,7 +18,8 @@ class Executor:
 
     Submodules are looked up at each call, so a module that was wrapped (by DDP, say) after the
     compile is called through its wrapper. ``calls`` are what runs a node of that name instead of
-    the node's own target.
+    the node's own target; ``methods`` stand in for those of the model; redistributions run
+    ``noted``.
     """
 
     def __init__(
@@ -29,8 +31,12 @@ class Executor:
         results: list[fx.Node],
         *,
         calls: Mapping[str, Callable[..., Any]] | None = None,
+        methods: Mapping[str, Callable[..., Any]] | None = None,
+        noted: Callable[[str], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.model, self.redistributions, self.calls = model, redistributions, calls or {}
+        self.methods = methods or {}
+        self.noted = noted or (lambda kind: nullcontext())
         self.nodes = [
             n
             for n in graph.fx.nodes
@@ -62,12 +68,16 @@ class Executor:
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target = node.target
+        if node.name in self.redistributions:
+            with self.noted("redistribute"):
+                if node.name in self.calls:
+                    return self.calls[node.name](*args)
+                return self.redistributions[node.name](*args, samples=self.samples)
         if node.name in self.calls:
             return self.calls[node.name](*args)
-        if node.name in self.redistributions:
-            return self.redistributions[node.name](*args, samples=self.samples)
         if isinstance(target, Method):
-            return getattr(self.model, target.name)(*args, **kwargs)
+            method = self.methods.get(target.name) or getattr(self.model, target.name)
+            return method(*args, **kwargs)
         if node.op == "call_function":
             return target(*args, **kwargs)  # type: ignore[operator]
         if node.op == "call_method":
