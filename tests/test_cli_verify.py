@@ -11,7 +11,7 @@ import pytest
 from colocc import cli_verify
 from colocc.errors import LayoutError
 from colocc.layout import Layout
-from colocc.passes.solve.enumerate import Pair, Verdict
+from colocc.passes.solve.enumerate import USUAL, Pair, Verdict
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -82,7 +82,7 @@ def test_orders_are_all_up_to_16_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_verify, "written", lambda *_: 0)
     for words in (("--ranks", "16"), ("--ranks", "17"), ("--powers", "32", "--orders", "all")):
         cli_verify.run(options(*words))
-    assert asked == [None, cli_verify.USUAL, None]
+    assert asked == [None, USUAL, None]
 
 
 @pytest.mark.parametrize(

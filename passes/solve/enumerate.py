@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import permutations, product
+from typing import Any
 
 from colocc.errors import VerifyError
 from colocc.layout import DEFAULT_ORDER, Layout
@@ -52,7 +53,7 @@ def layouts(world: int, axes: tuple[str, ...], orders: Iterable[str] | None) -> 
     """
     found: dict[tuple[object, ...], Layout] = {}
     for sizes in _factorings(world, len(axes)):
-        size = dict(zip(axes, sizes, strict=True))
+        size: dict[str, Any] = dict(zip(axes, sizes, strict=True))
         used = [axis for axis in axes if size[axis] > 1]
         every = ["-".join(order) or DEFAULT_ORDER for order in permutations(used)]
         for order in every if orders is None else orders:

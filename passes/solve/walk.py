@@ -49,7 +49,7 @@ class Pieces:
         """The cells of each owner."""
         return _sum(self.owner, self.cells(), owners)
 
-    def take(self, index: Ints | NDArray[np.bool_], owner: Ints) -> Pieces:
+    def take(self, index: Ints | NDArray[np.bool_] | slice, owner: Ints) -> Pieces:
         """The pieces at ``index``, given to other owners."""
         return Pieces(owner, self.low[index], self.high[index])
 
@@ -226,8 +226,8 @@ def _check_connection(step: Step, group: Ints) -> None:
     leader = _leaders(src, dst, len(group))
     # Moves stay inside groups: a group is no larger than its exchange if all have one leader.
     members = np.flatnonzero(group >= 0)
-    first = np.array([ranks[0] for ranks in step.groups])[group[members]]
-    apart = np.flatnonzero(leader[members] != first)
+    heads = np.array([ranks[0] for ranks in step.groups])[group[members]]
+    apart = np.flatnonzero(leader[members] != heads)
     if len(apart):
         ranks = list(step.groups[int(group[members[apart[0]]])])
         raise VerifyError(f"group {ranks} holds ranks that exchange nothing")

@@ -33,12 +33,18 @@ def mutants(plan: Plan) -> Mutants:
     """Every mutant of ``plan``; one that equals it, or is another spelling of it, is none."""
     for way in ("forward", "backward"):
         for what, steps in _direction(getattr(plan, way), plan.src.layout.size):
-            yield f"{way} {what}", replace(plan, **{way: steps})
+            yield f"{way} {what}", _with(plan, way, steps)
     yield "directions", replace(plan, forward=plan.backward, backward=plan.forward)
     for side in ("src", "dst"):
         for what, holding in _holding(getattr(plan, side)):
-            yield f"{side} {what}", replace(plan, **{side: holding})
+            yield f"{side} {what}", _with(plan, side, holding)
     yield from _words(plan)
+
+
+def _with(plan: Plan, name: str, value: Any) -> Plan:
+    """``plan`` with another value of one field."""
+    changes: dict[str, Any] = {name: value}
+    return replace(plan, **changes)
 
 
 def _direction(steps: tuple[Step, ...], world: int) -> Iterator[tuple[str, tuple[Step, ...]]]:
@@ -82,7 +88,7 @@ def _moves(step: Step, world: int) -> Iterator[tuple[str, Step]]:
     columns = [array.astype(np.int64) for array in moves.arrays()]
     every = np.arange(len(moves))
 
-    def made(index: Any, row: int | None = None, **new: Any) -> Step:
+    def made(index: Any, row: Any = None, **new: Any) -> Step:
         names = ("src", "dst", "low", "high")
         fresh = {name: column[index] for name, column in zip(names, columns, strict=True)}
         for name, value in new.items():

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from colocc.layout import DEFAULT_ORDER, Layout
 
@@ -41,7 +42,8 @@ def layouts(world: int, axes: tuple[str, ...]) -> Iterator[Layout]:
         for order in itertools.permutations(used):
             # The default keeps its own spelling: a missing axis of size one changes nothing.
             text = "-".join(order) or DEFAULT_ORDER
-            yield Layout(**dict(zip(axes, sizes, strict=True)), order=text)
+            grid: dict[str, Any] = dict(zip(axes, sizes, strict=True))
+            yield Layout(**grid, order=text)
 
 
 def cut(layout: Layout) -> Iterator[Layout]:

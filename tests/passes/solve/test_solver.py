@@ -6,6 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from math import lcm
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,8 @@ def best_kept(src: Layout, dst: Layout, length: int) -> int:
     columns = [(np.arange(dst.dp)[None] == i) + np.zeros(worth.shape) for i in range(dst.dp)]
     sums = np.array([table.ravel() for table in rows + columns])
     totals = [units // src.dp] * src.dp + [units // dst.dp] * dst.dp
-    return round(-linprog(-worth.ravel(), A_eq=sums, b_eq=totals).fun)
+    found: float = -linprog(-worth.ravel(), A_eq=sums, b_eq=totals).fun
+    return round(found)
 
 
 @pytest.mark.parametrize(("world", "every"), [(4, 3), (6, 11), (8, 59), (12, 499)])
@@ -120,9 +122,10 @@ def any_pair(draw: st.DrawFn, most: int = 96) -> tuple[Layout, Layout, tuple[str
     found = []
     for axes in (("tp", "cp", "dp"), ("tp", "cp", "pp", "dp")):
         sizes = draw(st.sampled_from(list(factorings(world, len(axes)))))
+        grid: dict[str, Any] = dict(zip(axes, sizes, strict=True))
         order = "-".join(draw(st.permutations(("tp", "cp", "ep", "dp", "pp"))))
         flags = {flag: draw(st.booleans()) for flag in ("sp", "zigzag")}
-        found.append(Layout(**dict(zip(axes, sizes, strict=True)), order=order, **flags))
+        found.append(Layout(**grid, order=order, **flags))
     return found[0], found[1], draw(st.sampled_from((WHOLE, SEQUENCE, ROWS)))
 
 
@@ -160,7 +163,7 @@ def test_edges_of_one_step_agree_on_the_samples_of_each_module(
     onward = solve(("fusion", other), sink, dims=dims)
     for plan in (to_sink, aside, onward):
         check(plan, sink=sink)
-    agree = {}
+    agree: dict[Any, Any] = {}
     for plan in (to_sink, aside, onward):
         for side in (plan.src, plan.dst):
             slots = [
