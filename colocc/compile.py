@@ -18,6 +18,7 @@ from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.passes.dump import PASSES, page
 from colocc.passes.graph import Graph, Reduction
+from colocc.passes.rows import BatchDim, BatchDims, Rows
 from colocc.program import Program
 from colocc.runtime import megatron
 from colocc.runtime.groups import (
@@ -41,7 +42,7 @@ def compile(
     groups: ProcessGroups | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     schedule: str = "three_phase",
-    batch_dims: Mapping[str, int] | None = None,
+    batch_dims: BatchDims | None = None,
     reductions: Mapping[str, Reduction] | None = None,
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> Program:
@@ -52,7 +53,8 @@ def compile(
     opened.
     ``example_inputs`` is one global batch (tensors on any device, or meta): with it the page shows
     sizes and bytes; a MimoModel needs none. ``batch_dims`` names the dim that holds the samples
-    where it is not 0. ``reductions`` overrides how a module's gradients are reduced over its dp
+    where it is not 0: a number, ``Rows(dim)`` where a sample has several rows, None where all
+    samples share the input. ``reductions`` overrides how a module's gradients are reduced over its dp
     axis.
 
     ``schedule`` orders the work of ``forward_backward``: "three_phase" encodes the whole step
@@ -64,7 +66,7 @@ def compile(
     Raises: LayoutError, CaptureError, before any training step and on every rank alike.
     """
     found, error = None, None
-    dims: dict[str, int] = {}
+    dims: dict[str, BatchDim] = {}
     means: dict[str, Reduction] = {}
     order = Schedule()
     try:
@@ -115,7 +117,7 @@ def _build(
     model: nn.Module,
     layouts: dict[str, Layout],
     example_inputs: Mapping[str, Any] | None,
-    batch_dims: Mapping[str, int],
+    batch_dims: BatchDims,
     overrides: Mapping[str, Reduction],
 ) -> Graph:
     _check_options(model, layouts, batch_dims, overrides)
@@ -141,16 +143,20 @@ def _build(
 def _check_options(
     model: nn.Module,
     layouts: dict[str, Layout],
-    batch_dims: Mapping[str, int],
+    batch_dims: BatchDims,
     reductions: Mapping[str, Reduction],
 ) -> None:
     """Raise LayoutError for options that nothing would read."""
-    inputs = list(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters
+    inputs = [name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD]
     for name, dim in batch_dims.items():
-        if name not in inputs or type(dim) is not int or dim < 0:
+        known = name in inputs or len(inputs) < len(parameters)
+        place = dim.dim if isinstance(dim, Rows) else dim
+        if not known or (place is not None and (type(place) is not int or place < 0)):
             raise LayoutError(
                 f"batch_dims has {name!r}: {dim!r}; give the name of an input of "
-                f"{type(model).__name__}.forward ({', '.join(inputs)}) and a dim of at least 0"
+                f"{type(model).__name__}.forward ({', '.join(inputs)}) and a dim of at least 0, "
+                "Rows(dim) where a sample has several rows, or None where all samples share it"
             )
     for name, reduction in reductions.items():
         if name not in layouts or reduction not in ("mean", "sum"):

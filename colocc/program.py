@@ -16,6 +16,7 @@ from colocc.errors import LayoutError
 from colocc.passes.dump import dot, page, ranks
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.phases import cut
+from colocc.passes.rows import BatchDims
 from colocc.runtime import megatron
 from colocc.runtime.data import Batches, fingerprint, holding_of, sample_runs
 from colocc.runtime.execute import Executor
@@ -47,7 +48,7 @@ class Program:
         graph: Graph,
         mine: Graph | None,
         groups: ProcessGroups | None,
-        batch_dims: dict[str, int],
+        batch_dims: BatchDims,
         timeout: timedelta,
         schedule: Schedule,
     ) -> None:

@@ -32,6 +32,7 @@ def page(graph: Graph, after: str = "phases") -> str:
         lines += _phases(graph)
     else:
         lines += _nodes(graph, graph.nodes)
+    lines += _guards(graph)
     if graph.plans:
         lines += ["", *_moved(graph)]
     lines += [f"note    {note}" for note in graph.notes]
@@ -224,6 +225,14 @@ def _moved(graph: Graph) -> list[str]:
         return [f"moved   {count}"]
     fwd, bwd = (human(total) for total in totals)
     return [f"moved   fwd {fwd}, bwd {bwd} per receiving rank {size}, {count}"]
+
+
+def _guards(graph: Graph) -> list[str]:
+    """What the graph takes for granted of every batch, with the user's lines."""
+    rows = [] if graph.guards is None else [list(line) for line in graph.guards.lines()]
+    width = max((len(text) for text, _ in rows), default=0)
+    lines = [_short(f"guard   {text.ljust(width)}   {line}", PAGE_WIDTH) for text, line in rows]
+    return ["", *lines] if lines else []
 
 
 def _table(rows: list[list[str]], indent: str) -> list[str]:

@@ -17,9 +17,11 @@ from torch.utils import _pytree as pytree
 
 from colocc.errors import LayoutError
 from colocc.passes.graph import Graph
+from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.plan import Holding
 from colocc.passes.solve.solver import solve
+from colocc.runtime.guards import check_guards
 
 Run = tuple[int, int, int]
 """Neighbouring samples of one microbatch: (microbatch, start, stop)."""
@@ -33,7 +35,7 @@ class Batches:
         graph: Graph,
         microbatches: Sequence[Mapping[str, Any]],
         rank: int,
-        batch_dims: Mapping[str, int],
+        batch_dims: BatchDims,
         optional: frozenset[str] = frozenset(),
     ) -> None:
         self.graph, self.rank, self.batch_dims = graph, rank, batch_dims
@@ -55,11 +57,11 @@ class Batches:
         parts = [self._cut(node, mb, start, stop) for mb, start, stop in runs]
         if len(parts) == 1:
             return parts[0]
-        dim = self.batch_dims.get(node.meta["path"][0], 0)
+        dim = dim_of(self.batch_dims, node.meta["path"][0])
 
         def join(*leaves: Any) -> Any:
-            same = not isinstance(leaves[0], torch.Tensor) or leaves[0].dim() <= dim
-            return leaves[0] if same else torch.cat(leaves, dim=dim)
+            whole = dim is not None and isinstance(leaves[0], torch.Tensor)
+            return torch.cat(leaves, dim=dim) if whole and leaves[0].dim() > dim else leaves[0]
 
         return pytree.tree_map(join, *parts)
 
@@ -71,12 +73,13 @@ class Batches:
 
     def _cut(self, node: fx.Node, microbatch: int, start: int, stop: int) -> Any:
         path = node.meta["path"]
-        dim = self.batch_dims.get(path[0], 0)
+        dim, name = dim_of(self.batch_dims, path[0]), ".".join(path)
 
         def narrow(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or value.dim() <= dim:
+            if dim is None or not isinstance(value, torch.Tensor) or value.dim() <= dim:
                 return value
-            return value.narrow(dim, start, stop - start)
+            rows = rows_per_sample(name, value.shape[dim], self.size)
+            return value.narrow(dim, start * rows, (stop - start) * rows)
 
         return pytree.tree_map(narrow, lookup(self.microbatches[microbatch], path))
 
@@ -121,7 +124,7 @@ def sample_runs(holding: Holding, dp: int, microbatches: int, size: int, rank: i
 def check_batches(
     graph: Graph,
     microbatches: Sequence[Mapping[str, Any]],
-    batch_dims: Mapping[str, int],
+    batch_dims: BatchDims,
     optional: frozenset[str],
 ) -> int:
     """The samples of one global microbatch.
@@ -129,6 +132,7 @@ def check_batches(
     Raises: LayoutError for a missing, unknown or odd input.
     """
     paths = {node.meta["path"] for node in graph.placeholders()}
+    constants = {guard.path for guard in graph.guards.values} if graph.guards is not None else set()
     sizes: dict[int, tuple[str, int]] = {}
     for index, batch in enumerate(microbatches):
         if not isinstance(batch, Mapping):
@@ -143,13 +147,25 @@ def check_batches(
                     f"microbatch {index} lacks the input {'.'.join(path)}, which "
                     f"{graph.name}.forward reads; it has {have}"
                 )
-        _check_known(graph, index, batch, paths)
+        _check_known(graph, index, batch, paths | constants)
         for name, value in batch.items():
-            _check_size(index, name, value, batch_dims.get(name, 0), sizes)
+            if not has_rows(batch_dims, str(name)):
+                _check_size(index, name, value, dim_of(batch_dims, str(name)), sizes)
     first = next(iter(sizes.values()), None)
     if first is None:
         raise LayoutError("the batch holds no tensor")
+    for index, batch in enumerate(microbatches):
+        _check_rows(index, batch, batch_dims, first[1])
+        check_guards(graph, batch, first[1], f"microbatch {index}")
     return first[1]
+
+
+def _check_rows(index: int, batch: Mapping[str, Any], batch_dims: BatchDims, samples: int) -> None:
+    """Raise LayoutError for an input of several rows per sample whose rows do not divide."""
+    for name, value in batch.items():
+        dim = dim_of(batch_dims, name)
+        if dim is not None and has_rows(batch_dims, name) and isinstance(value, torch.Tensor):
+            rows_per_sample(f"{name} of microbatch {index}", value.shape[dim], samples)
 
 
 def _check_known(
@@ -174,10 +190,10 @@ def _check_known(
 
 
 def _check_size(
-    index: int, name: str, value: Any, dim: int, sizes: dict[int, tuple[str, int]]
+    index: int, name: str, value: Any, dim: int | None, sizes: dict[int, tuple[str, int]]
 ) -> None:
     for path, tensor in tensors_of(value, (name,)):
-        if tensor.dim() <= dim:
+        if dim is None or tensor.dim() <= dim:
             continue
         here = (f"{'.'.join(path)} of microbatch {index}", tensor.shape[dim])
         first = sizes.setdefault(0, here)
