@@ -54,7 +54,7 @@ def compile(
     ``example_inputs`` is one global batch (tensors on any device, or meta): with it the page shows
     sizes and bytes; a MimoModel needs none. ``batch_dims`` names the dim that holds the samples
     where it is not 0: a number, ``Rows(dim)`` where a sample has several rows, None where all
-    samples share the input. ``reductions`` overrides how a module's gradients are reduced over its dp
+    samples share the input. ``reductions`` overrides how a module reduces its gradients over its dp
     axis.
 
     ``schedule`` orders the work of ``forward_backward``: "three_phase" encodes the whole step

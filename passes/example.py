@@ -166,7 +166,7 @@ def _fake(
         rows_per_sample(
             ".".join(path), value.shape[dim], recorder.sizes.hints[recorder.sizes.batch]
         )
-    shape = recorder.sizes.shape(path, value.shape, dim, rows)
+    shape = recorder.sizes.shape(path, value, dim, rows=rows and dim is not None)
     return torch.empty(shape, dtype=value.dtype, device=recorder.device)
 
 

@@ -16,8 +16,8 @@ from colocc.passes.guards import MergeGuard
 from colocc.passes.record import assigned
 from colocc.passes.sizes import Number
 
-SHAPE_ONLY = frozenset(["expand_as", "view_as", "reshape_as", "type_as"])
-"""Methods that read no values of their second operand."""
+SAME_PLACES = frozenset(["expand_as", "to", "bool", "contiguous", "clone"])
+"""Methods after which a mask is true in the same places, each standing for as many elements."""
 
 
 def merge_guard(graph: Graph, node: fx.Node) -> MergeGuard | None:
@@ -30,7 +30,7 @@ def merge_guard(graph: Graph, node: fx.Node) -> MergeGuard | None:
     types = [first_type(n.meta.get("types")) for n in (whole, mask, rows)]
     if any(t is None or t.open or t.batch != 0 for t in types):
         return None
-    while mask.op == "call_method" and mask.target in SHAPE_ONLY:
+    while mask.op == "call_method" and mask.target in SAME_PLACES and _is_bool(mask.args[0]):
         mask = mask.args[0]  # type: ignore[assignment]
     if not _from_inputs(mask) or "sizes" not in mask.meta:
         return None
@@ -50,11 +50,14 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         return None
     if len(args) != 3 or not all(isinstance(arg, fx.Node) for arg in args):
         return None
-    mask = args[1]
-    kind = first_type(mask.meta.get("types")) if isinstance(mask, fx.Node) else None
-    if kind is None or kind.dtype != "bool":
+    if not _is_bool(args[1]):
         return None
     return args[0], args[1], args[2]  # type: ignore[return-value]
+
+
+def _is_bool(value: object) -> bool:
+    found = first_type(value.meta.get("types")) if isinstance(value, fx.Node) else None
+    return found is not None and found.dtype == "bool"
 
 
 def _from_inputs(node: fx.Node) -> bool:

@@ -81,6 +81,10 @@ class Nodes:
             with self.inside():
                 if dims_of(self.sizes, tensor.shape) is not None:
                     continue
+                for symbol in self.sizes.per_sample(tensor.shape):
+                    self.fix(symbol, node.name)
+                if dims_of(self.sizes, tensor.shape) is not None:
+                    continue
                 counts = self.sizes.twice()
                 small, large = ([self.sizes.at(n, samples=m) for n in tensor.shape] for m in counts)
             raise CaptureError(
@@ -88,6 +92,10 @@ class Nodes:
                 f"and {large} for {counts[1]}; one dim must grow with the samples. Keep samples "
                 "apart, or move the code into a module that the layouts name."
             )
+
+    def fix(self, symbol: sympy.Symbol, name: str) -> None:
+        """``name`` is known for the example's value of ``symbol`` only."""
+        raise NotImplementedError(f"{name} fixes {symbol}: a recorder makes that a guard")
 
     def know(self, value: Any, node: fx.Node, steps: tuple[Step, ...] = ()) -> None:
         """Every tensor and every object in ``value`` is read from ``node`` from now on. Containers

@@ -37,7 +37,7 @@ class Pieces:
 
     def __init__(self) -> None:
         self._pieces: dict[int, tuple[torch.Tensor, Piece]] = {}
-        self._counts: list[list[Any]] = []
+        self._counts: dict[int, tuple[Any, Piece]] = {}
 
     def add(self, tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
         self._pieces[id(tensor)] = (tensor, piece)
@@ -47,31 +47,34 @@ class Pieces:
         found = self._pieces.get(id(value))
         return found[1] if found is not None else None
 
-    def add_counts(self, counts: list[Any]) -> list[Any]:
-        self._counts.append(counts)
-        return list(counts)
+    def add_count(self, number: Any, piece: Piece) -> Any:
+        """``number`` is the value of ``piece``, one of a tensor of counts."""
+        self._counts[id(number)] = (number, piece)
+        return number
 
-    def are_counts(self, value: Any) -> bool:
-        """Whether ``value`` is a list of counts as it was read, in order."""
-        if not isinstance(value, (list, tuple)):
+    def are_counts(self, values: Any) -> bool:
+        """Whether ``values`` are all the counts of one tensor, in order."""
+        if not isinstance(values, (list, tuple)):
             return False
-        return any(
-            len(value) == len(counts) and all(a is b for a, b in zip(value, counts, strict=True))
-            for counts in self._counts
-        )
+        found = [self._counts.get(id(value)) for value in values]
+        return _complete([piece[1] if piece is not None else None for piece in found]) is not None
 
     def whole_of(self, values: Any) -> Piece | None:
         """The first piece, if ``values`` are all pieces of one value in order; else None."""
         if not isinstance(values, Sequence) or not values:
             return None
-        pieces = [self.of(value) for value in values]
-        first = pieces[0]
-        if first is None or len(pieces) != first.count:
+        return _complete([self.of(value) for value in values])
+
+
+def _complete(pieces: list[Piece | None]) -> Piece | None:
+    """The first piece, if these are all pieces of one value in order."""
+    first = pieces[0] if pieces else None
+    if first is None or len(pieces) != first.count:
+        return None
+    for index, piece in enumerate(pieces):
+        if piece is None or piece.whole is not first.whole or piece.index != index:
             return None
-        for index, piece in enumerate(pieces):
-            if piece is None or piece.whole is not first.whole or piece.index != index:
-                return None
-        return first
+    return first
 
 
 def _argument(args: Any, kwargs: Any, index: int, name: str, default: Any) -> Any:
@@ -137,15 +140,13 @@ def _stack(recorder: Recorder, args: Any, kwargs: Any) -> Any:
     return piece.whole
 
 
-def _tolist(recorder: Recorder, args: Any, kwargs: Any) -> Any:
-    """Counts per sample as numbers that nothing is known of."""
-    (value,) = args
-    sizes = recorder.sizes
-    if value.dim() != 1 or sizes.batch not in sizes.expr(value.shape[0]).free_symbols:
+def _item(recorder: Recorder, args: Any, kwargs: Any) -> Any:
+    """A count of one sample, as a number that nothing is known of."""
+    piece = recorder.pieces.of(args[0])
+    if piece is None or piece.whole.dim() != 1:
         return NotImplemented
-    count = sizes.at(value.shape[0])
-    made = [sizes.environment.create_unbacked_symint() for _ in range(count)]
-    return recorder.pieces.add_counts(made)
+    number = recorder.sizes.environment.create_unbacked_symint()
+    return recorder.pieces.add_count(number, piece)
 
 
 def _len(recorder: Recorder, args: Any, kwargs: Any) -> Any:
@@ -166,7 +167,7 @@ WHOLE: dict[str, Callable[[Recorder, Any, Any], Any]] = {
     "cat": _cat,
     "concat": _cat,
     "stack": _stack,
-    "tolist": _tolist,
+    "item": _item,
     "__len__": _len,
 }
 """By name of the torch function: what it makes of a value in pieces, or NotImplemented."""

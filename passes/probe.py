@@ -17,8 +17,9 @@ from typing import Any
 import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import _disable_current_modes
 
+from colocc.passes.known import KnownIntegers
 from colocc.passes.sizes import Sizes, evaluated
 from colocc.passes.structure import children, rebuilt, tensors_in
 
@@ -128,8 +129,8 @@ def _run(
     values: Values,
     known: Callable[[torch.Tensor], torch.Tensor | None],
 ) -> Any:
-    environment = ShapeEnv(specialize_zero_one=False)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    integers = KnownIntegers(mode)
     made: dict[int, torch.Tensor] = {}
 
     def number(value: Any) -> Any:
@@ -141,10 +142,8 @@ def _run(
         if id(tensor) not in made:
             shape = [number(length) for length in tensor.shape]
             new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-            real = known(tensor)
-            if isinstance(new, FakeTensor):
-                new.real_tensor = _resized(real, shape)
-            made[id(tensor)] = new
+            real = _resized(known(tensor), shape)
+            made[id(tensor)] = new if real is None else integers.keep(new, real)
         return made[id(tensor)]
 
     def concrete(value: Any) -> Any:
@@ -158,9 +157,8 @@ def _run(
 
     with mode, torch.no_grad():
         args, kwargs = concrete(args), concrete(kwargs)
-        # Operations whose arguments are all known compute them, so that control flow can look.
-        mode.propagate_real_tensors = True
-        return call(*args, **kwargs)
+        with integers:
+            return call(*args, **kwargs)
 
 
 def _resized(real: torch.Tensor | None, shape: list[int]) -> torch.Tensor | None:
@@ -171,4 +169,5 @@ def _resized(real: torch.Tensor | None, shape: list[int]) -> torch.Tensor | None
         new // old if old and new % old == 0 else 0
         for new, old in zip(shape, real.shape, strict=True)
     ]
-    return real.repeat(times) if all(times) else None
+    with _disable_current_modes():
+        return real.repeat(times) if all(times) else None

@@ -55,8 +55,8 @@ def find_sink(graph: Graph, weights: Mapping[str, int]) -> str:
     Modules on its grid that read other modules (a projector, a language model with its head after
     it) run with it as one place: then the largest of them is the sink, the others' home.
     """
-    calls = [(graph.module_of(node), node) for node in graph.fx.nodes if graph.module_of(node)]
-    called = {graph.owner_of(node) for node in graph.fx.nodes}
+    calls = [(graph.owner_of(node), node) for node in graph.fx.nodes if graph.owner_of(node)]
+    called = {caller for caller, _ in calls}
     for name in graph.layouts:
         if name not in called:
             raise CaptureError(
@@ -65,7 +65,7 @@ def find_sink(graph: Graph, weights: Mapping[str, int]) -> str:
             )
     reads = {name: set[str]() for name in graph.layouts}
     for caller, node in calls:
-        found = {graph.module_of(n) for n in _ancestors(node)} - {None, caller}
+        found = {graph.owner_of(n) for n in _ancestors(node)} - {None, caller}
         reads[str(caller)] |= {str(name) for name in found}
     feeding = {name for names in reads.values() for name in names}
     last = [caller for caller, _ in calls if caller is not None and caller not in feeding]

@@ -206,7 +206,7 @@ class Recorder(Nodes, TorchFunctionMode):
             with self.mode:
                 value = _symbolic(self.sizes, found, learns)
         for symbol in found.fixed:
-            self._fix(symbol, name)
+            self._guard_fixed(symbol, name)
         self.node(op, target, *operands, value, name)
         return value
 
@@ -240,16 +240,27 @@ class Recorder(Nodes, TorchFunctionMode):
         """Whether a call is the forward's own, and not made inside a node."""
         return not self.depth
 
-    def left_out(self, condition: Any, line: str) -> None:
-        """A check of data that the forward makes is not run: the guards of merges do its work."""
-        self.notes.append(f"the check at {line} is left to the guards")
+    def left_out(self, condition: Any) -> bool:
+        """Whether a check looks at data: it is not made, and the guards of merges do its work."""
+        if isinstance(condition, torch.SymBool):
+            looks = not condition.node.expr.free_symbols <= set(self.sizes.hints)
+        else:
+            looks = isinstance(condition, torch.Tensor)
+        if looks and not self.depth:
+            self.notes.append(f"the check at {line_here()} is left to the guards")
+        return looks and (not self.depth or isinstance(condition, torch.Tensor))
 
     def finish(self, result: Any) -> None:
         """Make the output node."""
         made = self.graph.output(self.operand(result))
         made.meta.update(line="", value=None)
 
-    def _fix(self, symbol: sympy.Symbol, name: str) -> None:
+    def fix(self, symbol: sympy.Symbol, name: str) -> None:
+        """Make the example's value of ``symbol`` a guard, and a number from now on."""
+        self._guard_fixed(symbol, name)
+        self.sizes.fix(symbol)
+
+    def _guard_fixed(self, symbol: sympy.Symbol, name: str) -> None:
         hint = self.sizes.hints[symbol]
         if not any(guard.condition == sympy.Eq(symbol, hint) for guard in self.guards.sizes):
             text = f"{self.sizes.names[symbol]} == {hint}"

@@ -54,7 +54,8 @@ class Sizes:
         self.hints: dict[sympy.Symbol, int] = {}
         self.names: dict[sympy.Symbol, str] = {}
         self.origins: dict[sympy.Symbol, Origin] = {}
-        self._by_length: dict[int, Any] = {}
+        self._shared: dict[int, Any] = {}
+        self._fixed: dict[sympy.Symbol, sympy.Integer] = {}
         self.samples = self._symbol("samples", batch_size)
         self.batch: sympy.Symbol = self.samples.node.expr
 
@@ -69,40 +70,42 @@ class Sizes:
         return self.environment.create_symintnode(made, hint=hint)
 
     def shape(
-        self, path: tuple[str, ...], shape: torch.Size, batch_dim: int | None, rows: Any
-    ) -> Any:
-        """The symbolic shape of an input. Dims of one length share a symbol; 0 and 1 are fixed.
+        self, path: tuple[str, ...], value: torch.Tensor, batch_dim: int | None, *, rows: bool
+    ) -> list[Any]:
+        """The symbolic shape of an input; lengths of 0 and 1 stay numbers.
 
-        ``rows`` is whether the batch dim holds several rows of each sample.
+        Lengths that are equal share a symbol among inputs by token: integers, and floats of at most
+        two dims (a loss mask). ``rows`` is whether the batch dim holds several rows of each sample.
         """
-        dims = []
-        for index, length in enumerate(shape):
-            if index == batch_dim and not rows:
+        by_token = not rows and (not value.is_floating_point() or value.dim() <= 2)
+        dims: list[Any] = []
+        for index, length in enumerate(value.shape):
+            if index == batch_dim and rows:
+                count = length // self.hints[self.batch]
+                dims.append(self.samples * self._length(Origin(path, index, True), count))
+            elif index == batch_dim:
                 dims.append(self.samples)
                 self.origins.setdefault(self.batch, Origin(path, index))
-            elif index == batch_dim:
-                dims.append(
-                    self.samples * self._length(path, index, length // self.hints[self.batch], True)
-                )
+            elif length < 2:
+                dims.append(length)
             else:
-                dims.append(self._length(path, index, length, False))
+                dims.append(self._length(Origin(path, index), length, shared=by_token))
         return dims
 
-    def _length(self, path: tuple[str, ...], dim: int, length: int, per_sample: bool) -> Any:
-        if length < 2 and not per_sample:
-            return length
-        key = -length if per_sample else length
-        if key not in self._by_length:
-            name = f"{'.'.join(path)}.shape[{dim}]"
-            made = self._symbol(name + (" per sample" if per_sample else ""), length)
-            self._by_length[key] = made
-            self.origins[made.node.expr] = Origin(path, dim, per_sample)
-        return self._by_length[key]
+    def _length(self, origin: Origin, length: int, *, shared: bool = False) -> Any:
+        if shared and length in self._shared:
+            return self._shared[length]
+        name = f"{'.'.join(origin.path)}.shape[{origin.dim}]" + " per sample" * origin.per_sample
+        made = self._symbol(name, length)
+        self.origins[made.node.expr] = origin
+        if shared:
+            self._shared[length] = made
+        return made
 
     def expr(self, value: Any) -> sympy.Expr:
         """``value``, an int or a symbolic int, as an expression in the symbols."""
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return self.environment.simplify(value.node.expr)
+            return self.environment.simplify(value.node.expr).xreplace(self._fixed)
         return sympy.Float(value) if isinstance(value, float) else sympy.Integer(value)
 
     def at(self, value: Any, **changed: int) -> int:
@@ -120,6 +123,17 @@ class Sizes:
     def twice(self) -> tuple[int, int]:
         """The example's number of samples, and twice that."""
         return self.hints[self.batch], 2 * self.hints[self.batch]
+
+    def per_sample(self, shape: Any) -> list[sympy.Symbol]:
+        """The numbers of rows per sample that a shape depends on."""
+        found = {s for length in shape for s in self.expr(length).free_symbols}
+        return [
+            s for s in sorted(found, key=str) if s in self.origins and self.origins[s].per_sample
+        ]
+
+    def fix(self, symbol: sympy.Symbol) -> None:
+        """From now on ``symbol`` is the example's number."""
+        self._fixed[symbol] = sympy.Integer(self.hints[symbol])
 
     def specialised(self) -> bool:
         """Whether something fixed the number of samples to the example's."""

@@ -24,6 +24,10 @@ TRACING = threading.RLock()
 """Held by the one thread that traces."""
 
 
+CHECKS = {"_check_with": 1, "_check_tensor_all_with": 1, "_check_tensor_all": 0}
+"""torch's checks by name, with the place of the condition among their arguments."""
+
+
 class Watcher(Protocol):
     """What is told of calls; each answers whether it is the watcher's own, and what it makes."""
 
@@ -143,24 +147,21 @@ def reads_of_training(told: Callable[[nn.Module, bool], None]) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def checks_of_data(told: Callable[[Any, str], None]) -> Iterator[None]:
-    """Inside, ``told`` hears of torch's checks that every element of a tensor is true, which are
-    not run: (the tensor, the message)."""
+def checks_of_data(left_out: Callable[[Any], bool]) -> Iterator[None]:
+    """Inside, ``left_out`` is asked of the condition of each of torch's checks in this thread; one
+    for which it answers true is not made."""
     thread = threading.get_ident()
-    names = ("_check_tensor_all_with", "_check_tensor_all")
-    kept = {name: getattr(torch, name) for name in names}
+    kept = {name: getattr(torch, name) for name in CHECKS}
 
-    def check(original: Callable[..., Any], first: int) -> Callable[..., Any]:
+    def check(original: Callable[..., Any], place: int) -> Callable[..., Any]:
         def seen(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return original(*args, **kwargs)
-            told(args[first], line_here())
-            return None
+            mine = threading.get_ident() == thread and len(args) > place
+            return None if mine and left_out(args[place]) else original(*args, **kwargs)
 
         return seen
 
-    for name in names:
-        setattr(torch, name, check(kept[name], 1 if name.endswith("_with") else 0))
+    for name, place in CHECKS.items():
+        setattr(torch, name, check(kept[name], place))
     try:
         yield
     finally:

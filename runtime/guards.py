@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from colocc.errors import CaptureError
 from colocc.passes.graph import Graph
-from colocc.passes.guards import REMEDY, Guards, MergeGuard
+from colocc.passes.guards import Guards, MergeGuard
 from colocc.passes.shapes import attribute, lookup
 from colocc.passes.sizes import evaluated
 from colocc.runtime.nodes import call
@@ -77,7 +77,7 @@ def check_modes(guards: Guards | None, model: nn.Module) -> None:
         training = (attribute(model, guard.module) if guard.module else model).training
         if training != guard.training:
             raise CaptureError(
-                f"{guard.module or 'the model'}.training is {training}, and the graph holds where "
-                f"{guard.text} ({guard.line}). {REMEDY.split(',')[0]}, or call "
-                f".{'train' if guard.training else 'eval'}() again."
+                f"{guard.module or 'model'}.training is {training}, and the graph holds where "
+                f"{guard.text} ({guard.line}). Compile again in this mode, or call "
+                f".{'train' if guard.training else 'eval'}()."
             )

@@ -148,3 +148,72 @@ def two_eyes_batch(seed: int = 0, size: int = 8) -> dict[str, Any]:
     given = llava_batch(seed, size)
     given["pixels"] = given.pop("pixel_values")
     return given
+
+
+def qwen_vl() -> nn.Module:
+    """Qwen2_5_VLForConditionalGeneration: windows in the vision tower, mRoPE; 4 tokens an image."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": HIDDEN,
+            "patch_size": 2,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 1,
+            "window_size": 8,
+            "fullatt_block_indexes": [1],
+        },
+        text_config={**TEXT, "rope_parameters": rope},
+        image_token_id=PLACE,
+        video_token_id=PLACE - 1,
+    )
+    return seeded(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def qwen_vl_batch(seed: int = 0, size: int = 8) -> dict[str, Any]:
+    """One image of 4 by 4 patches in each sample: 16 rows of pixels, 4 tokens; positions given."""
+    ids = tokens(seed, size, 4)
+    positions = torch.arange(LENGTH).expand(3, size, LENGTH).clone()
+    positions[1] += torch.arange(size)[:, None] % 3
+    return {
+        "input_ids": ids,
+        "pixel_values": random(seed, size * 16, 12),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]).expand(size, 3).contiguous(),
+        "position_ids": positions,
+        "labels": ids.roll(1, 1),
+    }
+
+
+def voxtral() -> nn.Module:
+    """VoxtralForConditionalGeneration: a Whisper encoder and Llama; 4 tokens a clip."""
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    config = VoxtralConfig(
+        audio_config={
+            "vocab_size": 8,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_mel_bins": 6,
+            "max_source_positions": 8,
+            "head_dim": 8,
+        },
+        text_config={**TEXT, "model_type": "llama"},
+        audio_token_id=PLACE,
+    )
+    return seeded(VoxtralForConditionalGeneration(config))
+
+
+def voxtral_batch(seed: int = 0, size: int = 8) -> dict[str, Any]:
+    ids = tokens(seed, size, 4)
+    return {
+        "input_ids": ids,
+        "input_features": random(seed, size, 6, 16),
+        "labels": ids.roll(1, 1),
+    }

@@ -12,10 +12,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import colocc
-from colocc import Layout
+from colocc import Layout, Rows
 from colocc.testing import float64, relative_l2
 from tests.harness import run_threads
-from tests.hf import llava, llava_batch, two_eyes, two_eyes_batch
+from tests.hf import (
+    llava,
+    llava_batch,
+    qwen_vl,
+    qwen_vl_batch,
+    two_eyes,
+    two_eyes_batch,
+    voxtral,
+    voxtral_batch,
+)
 
 EXACT = 1e-10
 WIDE, TEXT = Layout(dp=8), Layout(tp=2, dp=4)
@@ -141,3 +150,24 @@ def test_two_vision_encoders_of_which_one_is_frozen() -> None:
     model = two_eyes()
     model.get_submodule("near").requires_grad_(False)
     check_trained(model, layouts, [two_eyes_batch(step) for step in range(STEPS)])
+
+
+def test_qwen_vl_whose_images_are_rows_of_patches() -> None:
+    layouts = {"model.visual": WIDE, "model.language_model": TEXT, "lm_head": TEXT}
+    page = check_trained(
+        qwen_vl(),
+        layouts,
+        [qwen_vl_batch(step) for step in range(STEPS)],
+        batch_dims={"position_ids": 1, "pixel_values": Rows()},
+    )
+    assert "f64[8*16@dp,12]" in page and "i64[3,8@dp,12]" in page
+
+
+def test_voxtral() -> None:
+    layouts = {
+        "model.audio_tower": WIDE,
+        "model.multi_modal_projector": TEXT,
+        "model.language_model": TEXT,
+        "lm_head": TEXT,
+    }
+    check_trained(voxtral(), layouts, [voxtral_batch(step) for step in range(STEPS)])
