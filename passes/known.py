@@ -21,7 +21,7 @@ class KnownIntegers(TorchDispatchMode):
     """Computes an operation for real where all its tensors are known, besides on fake tensors."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mode = mode
         self._real: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 

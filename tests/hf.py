@@ -118,7 +118,7 @@ class TwoEyes(nn.Module):
         self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
 
     def forward(
-        self, input_ids: Tensor, *, pixels: Tensor, labels: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, *, pixels: Any, labels: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
             raise ValueError("pixels are [samples, channels, height, width]")

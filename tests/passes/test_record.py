@@ -31,7 +31,7 @@ class Output:
 class Tower(nn.Linear):
     """Two features of each image, in a dataclass."""
 
-    def forward(self, pixels: Tensor, *, scale: float = 1.0) -> Any:  # type: ignore[override]
+    def forward(self, pixels: Tensor, *, scale: float = 1.0) -> Any:
         made = super().forward(pixels).unflatten(1, (2, 8)) * scale
         return Output(logits=made, features=[made * 2], kind="tower")
 
@@ -62,7 +62,7 @@ class Model(nn.Module):
         self.cache: Any = None
 
     def forward(
-        self, ids: Tensor, *, pixels: Tensor | None = None, bias: Any = None, **kwargs: Any
+        self, ids: Any, *, pixels: Tensor | None = None, bias: Any = None, **kwargs: Any
     ) -> Output:
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             raise ValueError("ids are [samples, tokens]")
@@ -190,7 +190,8 @@ def length_of(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Te
 
 
 def one_of(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
-    return embeds + next(iter(features)).sum()
+    first: Tensor = next(iter(features))
+    return embeds + first.sum()
 
 
 def aliased(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ def test_what_is_refused_has_the_users_line_and_the_remedy(name: str) -> None:
 
 def test_a_leaf_that_looks_at_data_says_its_shapes() -> None:
     @leaf(shapes=lambda model, embeds, ids, features: torch.empty_like(embeds))
-    def merge(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    def merge(model: Any, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
         return counted(model, embeds, ids, features)
 
     model = Model(lambda model, embeds, ids, features: merge(None, embeds, ids, features))
