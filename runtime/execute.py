@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from colocc.passes.capture import Method
 from colocc.passes.graph import Graph
-from colocc.passes.shapes import attribute
+from colocc.runtime.guards import check_modes
+from colocc.runtime.nodes import call
 
 
 class Executor:
@@ -31,6 +31,7 @@ class Executor:
         calls: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.model, self.redistributions, self.calls = model, redistributions, calls or {}
+        self.guards = graph.guards
         self.nodes = [
             n
             for n in graph.fx.nodes
@@ -51,27 +52,20 @@ class Executor:
         """Return the values of ``results``; ``values`` holds the inputs, and is used up.
 
         ``samples`` is the number of samples that all ranks together run.
+        Raises: CaptureError if a module is in another mode (train, eval) than the graph holds for.
         """
         self.samples = samples
+        check_modes(self.guards, self.model)
         for node in self.nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = self._call(node, args, kwargs)
+            values[node] = self._run(node, values)
             for spent in self.lets_go.get(node, ()):
                 del values[spent]
         return [values[node] for node in self.results]
 
-    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        target = node.target
+    def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.name in self.calls:
-            return self.calls[node.name](*args)
+            return self.calls[node.name](*fx.node.map_arg(node.args, values.__getitem__))
         if node.name in self.redistributions:
-            return self.redistributions[node.name](*args, samples=self.samples)
-        if isinstance(target, Method):
-            return getattr(self.model, target.name)(*args, **kwargs)
-        if node.op == "call_function":
-            return target(*args, **kwargs)  # type: ignore[operator]
-        if node.op == "call_method":
-            return getattr(args[0], str(target))(*args[1:], **kwargs)
-        if node.op == "get_attr":
-            return attribute(self.model, str(target))
-        return self.model.get_submodule(str(target))(*args, **kwargs)
+            (source,) = node.all_input_nodes
+            return self.redistributions[node.name](values[source], samples=self.samples)
+        return call(node, values, self.model)
