@@ -18,7 +18,7 @@ from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.passes.dump import PASSES, page
 from colocc.passes.graph import Graph, Reduction
-from colocc.passes.rows import BatchDim, BatchDims, Rows
+from colocc.passes.rows import BatchDim, BatchDims, Rows, dim_of
 from colocc.program import Program
 from colocc.runtime import megatron
 from colocc.runtime.groups import (
@@ -165,8 +165,9 @@ def _check_options(
     """Raise LayoutError for options that nothing would read, or that nothing can do."""
     parameters = inspect.signature(model.forward).parameters
     inputs = [name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD]
+    takes_more = len(inputs) < len(parameters)
     for name, dim in batch_dims.items():
-        known = name in inputs or len(inputs) < len(parameters)
+        known = name in inputs or takes_more
         place = dim.dim if isinstance(dim, Rows) else dim
         if not known or (place is not None and (type(place) is not int or place < 0)):
             raise LayoutError(
@@ -175,13 +176,19 @@ def _check_options(
                 "Rows(dim) where a sample has several rows, or None where all samples share it"
             )
     for name, dim in sequence_dims.items():
-        if (name in inputs) == (name in layouts) or type(dim) is not int or dim < 0:
+        is_input = name in inputs or (takes_more and name not in layouts)
+        if is_input == (name in layouts) or type(dim) is not int or dim < 0:
             both = " and not of both" * (name in inputs and name in layouts)
             raise LayoutError(
                 f"sequence_dims has {name!r}: {dim!r}; give the name of a module of the layouts "
                 f"({', '.join(layouts)}), whose output it is, or of an input of "
                 f"{type(model).__name__}.forward ({', '.join(inputs)}){both}, and a dim of at "
                 "least 0"
+            )
+        if is_input and dim == dim_of(batch_dims, name):
+            raise LayoutError(
+                f"sequence_dims has {name!r}: {dim!r}, the dim that holds its samples. Give it a "
+                f"dim of its own, or batch_dims={{{name!r}: None}} if all samples share it."
             )
     if ranks_per_node is not None and (type(ranks_per_node) is not int or ranks_per_node < 1):
         raise LayoutError(f"ranks_per_node is {ranks_per_node!r}: give an integer of at least 1")

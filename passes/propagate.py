@@ -21,6 +21,7 @@ from colocc.passes.graph import Graph, Method, Traits
 from colocc.passes.prune import prune
 from colocc.passes.shapes import infer_types
 from colocc.passes.structure import Rebuilt
+from colocc.sequence import same_sequence
 
 
 def propagate(
@@ -82,7 +83,8 @@ def find_sink(graph: Graph, weights: Mapping[str, int]) -> str:
 
 def _one_place(graph: Graph, name: str, sink: str) -> bool:
     """Whether nothing must be moved or scaled between two modules."""
-    same = graph.layouts[name].same_grid(graph.layouts[sink])
+    left, right = graph.layouts[name], graph.layouts[sink]
+    same = left.same_grid(right) and same_sequence(left, right)
     return same and graph.scale(name, sink) == 1
 
 
