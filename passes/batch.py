@@ -15,7 +15,7 @@ from torch import fx
 
 from colocc.errors import CaptureError
 from colocc.passes.graph import Graph, Method, first_type
-from colocc.passes.scatter import merge_guard
+from colocc.passes.scatter import scatter_guard
 from colocc.passes.sizes import Number
 from colocc.passes.structure import Rebuilt
 from colocc.types import Type
@@ -193,9 +193,9 @@ def _batch(node: Any) -> int | None:
 
 
 def _check(graph: Graph, node: fx.Node) -> None:
-    guard = merge_guard(graph, node)
+    guard = scatter_guard(graph, node)
     if guard is not None and graph.guards is not None:
-        graph.guards.merges.append(guard)
+        graph.guards.scatters.append(guard)
         return
     name = str(getattr(node.target, "__name__", node.target)).lower().strip("_")
     if node.op == "call_module":

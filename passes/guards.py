@@ -61,7 +61,7 @@ class ModeGuard:
 
 
 @dataclass(frozen=True)
-class MergeGuard:
+class ScatterGuard:
     """The merge ``name`` writes as many rows of each sample as its mask has places for them.
 
     ``mask`` is made of inputs. One true element of it stands for ``per_place`` elements, and a
@@ -89,7 +89,7 @@ class Guards:
     sizes: list[SizeGuard] = field(default_factory=list)
     values: list[ValueGuard] = field(default_factory=list)
     modes: list[ModeGuard] = field(default_factory=list)
-    merges: list[MergeGuard] = field(default_factory=list)
+    scatters: list[ScatterGuard] = field(default_factory=list)
 
     def lines(self) -> list[tuple[str, str]]:
         """(what must hold, the user's line) of every guard, for the dump."""
@@ -100,7 +100,7 @@ class Guards:
         found += [(guard.text, guard.line) for guard in self.modes]
         found += [
             (f"{guard.mask.name} is true {self.shown(guard.rows)} times in each sample", guard.line)
-            for guard in self.merges
+            for guard in self.scatters
         ]
         return found
 

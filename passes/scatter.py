@@ -12,7 +12,7 @@ import sympy
 from torch import fx
 
 from colocc.passes.graph import Graph, Method, first_type
-from colocc.passes.guards import MergeGuard
+from colocc.passes.guards import ScatterGuard
 from colocc.passes.record import assigned
 from colocc.passes.sizes import Number
 
@@ -20,7 +20,7 @@ SAME_PLACES = frozenset(["expand_as", "to", "bool", "contiguous", "clone"])
 """Methods after which a mask is true in the same places, each standing for as many elements."""
 
 
-def merge_guard(graph: Graph, node: fx.Node) -> MergeGuard | None:
+def scatter_guard(graph: Graph, node: fx.Node) -> ScatterGuard | None:
     """The guard under which the merge ``node`` keeps samples apart; None if nothing shows that it
     does."""
     found = _operands(node)
@@ -37,7 +37,7 @@ def merge_guard(graph: Graph, node: fx.Node) -> MergeGuard | None:
     elements = [sympy.prod(n.meta["sizes"]) for n in (whole, mask, rows)]
     per_sample = sympy.cancel(elements[2] / graph.guards.batch)
     per_place = sympy.cancel(elements[0] / elements[1])
-    return MergeGuard(mask, per_place, per_sample, node.name, node.meta["line"])
+    return ScatterGuard(mask, per_place, per_sample, node.name, node.meta["line"])
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

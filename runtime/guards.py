@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from colocc.errors import CaptureError
 from colocc.passes.graph import Graph
-from colocc.passes.guards import Guards, MergeGuard
+from colocc.passes.guards import Guards, ScatterGuard
 from colocc.passes.shapes import attribute, lookup
 from colocc.passes.sizes import evaluated
 from colocc.runtime.nodes import call
@@ -26,14 +26,14 @@ def check_guards(graph: Graph, batch: Mapping[str, Any], samples: int, where: st
         return
     counts = sorted({max(1, samples // layout.dp) for layout in graph.layouts.values()})
     problem = guards.failed(batch, samples, counts)
-    for merge in guards.merges if problem is None else ():
+    for merge in guards.scatters if problem is None else ():
         problem = problem or _miscounted(guards, merge, batch, samples)
     if problem is not None:
         raise CaptureError(f"{where}: {problem}")
 
 
 def _miscounted(
-    guards: Guards, merge: MergeGuard, batch: Mapping[str, Any], samples: int
+    guards: Guards, merge: ScatterGuard, batch: Mapping[str, Any], samples: int
 ) -> str | None:
     """What is wrong with the places of a merge, sample by sample."""
     known = guards.known(batch, samples)

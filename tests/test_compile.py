@@ -41,11 +41,16 @@ def test_layouts_of_different_sizes() -> None:
     contains(text, "audio (tp4 dp1)", "= 4 ranks, the world has 8")
 
 
-def test_dp_sizes_that_do_not_divide() -> None:
+def test_dp_sizes_that_do_not_divide_ask_for_a_batch_that_both_can_cut() -> None:
     layouts = layouts_of(ORDERS[0], (2, 3), (6, 1), (3, 2))
-    text = refused(6, compiling(layouts))
-    contains(text, "vision (tp2 dp3) has 3", "decoder (tp3 dp2) has 2", "3 % 2 = 1")
-    contains(text, "Give vision dp")
+
+    def work(rank: int) -> None:
+        with colocc.compile(model(), layouts, example_inputs=batch()) as program:
+            program(**batch())
+
+    text = refused(6, work)
+    contains(text, "replicas of decoder 8", "vision (tp2 dp3) must cut into 3 equal parts")
+    contains(text, "8 % 3 = 2", "Make the step a multiple of 6 samples")
 
 
 def test_an_encoder_with_a_pipeline() -> None:

@@ -89,7 +89,7 @@ def graph_of(model: nn.Module, example: dict[str, Any] | None = None, **more: An
 
 def run(graph: Graph, model: nn.Module, given: dict[str, Any]) -> Any:
     """The graph on one rank that holds all samples: redistributions hand on what they get."""
-    moves = dict.fromkeys(graph.plans, lambda value: value)
+    moves = dict.fromkeys(graph.plans, lambda value, *, samples: value)
     values = {n: given[n.meta["path"][0]] for n in graph.placeholders()}
     cut = [n for n in graph.nodes if n.meta.get("cut")]
     early = {n: v for n, v in values.items() if n.meta["phase"] == "encode"}

@@ -72,7 +72,7 @@ def executors(graph: Graph, model: nn.Module) -> tuple[Executor, Executor]:
 def run(graph: Graph, model: nn.Module) -> Any:
     encode, language = executors(graph, model)
     values = inputs(graph)
-    crossing = encode(dict(values))
+    crossing = encode(dict(values), samples=4)
     results = language({**values, **dict(zip(encode.results, crossing, strict=True))})
     found = dict(zip(language.results, results, strict=True))
     return fx.node.map_arg(graph.output().args[0], found.__getitem__)
@@ -112,7 +112,7 @@ def test_a_value_is_let_go_after_its_last_reader() -> None:
     encode._run = watched  # type: ignore[method-assign]
     values = inputs(graph)
     with torch.no_grad():
-        crossing = encode(values)
+        crossing = encode(values, samples=4)
     order = list(alive)
     nodes = {node.name: node for node in encode.nodes}
     assert order == [node.name for node in graph.nodes if node in encode.nodes]
