@@ -62,7 +62,7 @@ class ModeGuard:
 
 @dataclass(frozen=True)
 class ScatterGuard:
-    """The merge ``name`` writes as many rows of each sample as its mask has places for them.
+    """The scatter ``name`` writes as many rows of each sample as its mask has places for them.
 
     ``mask`` is made of inputs. One true element of it stands for ``per_place`` elements, and a
     sample has ``per_sample`` of them.

@@ -241,7 +241,7 @@ class Recorder(Nodes, TorchFunctionMode):
         return not self.depth
 
     def left_out(self, condition: Any) -> bool:
-        """Whether a check looks at data: it is not made, and the guards of merges do its work."""
+        """Whether a check looks at data: it is not made, and the guards of scatters do its work."""
         if isinstance(condition, torch.SymBool):
             looks = not condition.node.expr.free_symbols <= set(self.sizes.hints)
         else:

@@ -1,4 +1,4 @@
-"""Merges: rows of an encoder written where a mask is true.
+"""Scatters: rows of an encoder written where a mask is true.
 
 ``masked_scatter`` and ``x[mask] = y`` take the rows in order, through all samples. On each rank
 that is right only if every sample has as many true places as it has rows: then the rows of a rank's
@@ -21,8 +21,8 @@ SAME_PLACES = frozenset(["expand_as", "to", "bool", "contiguous", "clone"])
 
 
 def scatter_guard(graph: Graph, node: fx.Node) -> ScatterGuard | None:
-    """The guard under which the merge ``node`` keeps samples apart; None if nothing shows that it
-    does."""
+    """The guard under which the scatter ``node`` keeps samples apart; None if nothing shows that
+    it does."""
     found = _operands(node)
     if found is None or graph.guards is None:
         return None

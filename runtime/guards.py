@@ -26,21 +26,21 @@ def check_guards(graph: Graph, batch: Mapping[str, Any], samples: int, where: st
         return
     counts = sorted({max(1, samples // layout.dp) for layout in graph.layouts.values()})
     problem = guards.failed(batch, samples, counts)
-    for merge in guards.scatters if problem is None else ():
-        problem = problem or _miscounted(guards, merge, batch, samples)
+    for scatter in guards.scatters if problem is None else ():
+        problem = problem or _miscounted(guards, scatter, batch, samples)
     if problem is not None:
         raise CaptureError(f"{where}: {problem}")
 
 
 def _miscounted(
-    guards: Guards, merge: ScatterGuard, batch: Mapping[str, Any], samples: int
+    guards: Guards, scatter: ScatterGuard, batch: Mapping[str, Any], samples: int
 ) -> str | None:
-    """What is wrong with the places of a merge, sample by sample."""
+    """What is wrong with the places of a scatter, sample by sample."""
     known = guards.known(batch, samples)
-    if not merge.rows.free_symbols <= set(known):
+    if not scatter.rows.free_symbols <= set(known):
         return None
-    wanted = evaluated(merge.rows, known)
-    mask = _value(merge.mask, batch)
+    wanted = evaluated(scatter.rows, known)
+    mask = _value(scatter.mask, batch)
     places = mask.reshape(samples, -1).sum(dim=1)
     wrong = (places != wanted).nonzero()
     if not wrong.numel():
@@ -48,7 +48,7 @@ def _miscounted(
     sample = int(wrong[0])
     return (
         f"sample {sample} has {int(places[sample])} places for embeddings and "
-        f"{wanted} embeddings ({merge.name}, {merge.line}). Give each sample as many placeholder "
+        f"{wanted} embeddings ({scatter.name}, {scatter.line}). Give each sample as many placeholder "
         f"tokens as its encoder makes embeddings. {len(wrong)} of {samples} samples differ."
     )
 

@@ -119,9 +119,7 @@ def _check_ends(plan: Plan, sink: tuple[str, Layout]) -> tuple[End, End]:
     return End.of(src), End.of(dst)
 
 
-def _check_direction(
-    plan: Plan, name: str, steps: tuple[Step, ...], start: End, end: End
-) -> None:
+def _check_direction(plan: Plan, name: str, steps: tuple[Step, ...], start: End, end: End) -> None:
     try:
         first = state = walk.start(start)
         ranks = len(start.place)

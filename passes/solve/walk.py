@@ -261,9 +261,7 @@ def _move(step: Step, state: State, end: End) -> State:
     dst = moves.dst[index].astype(np.int64)
     order = np.argsort(dst, kind="stable")
     pieces = found.take(order, dst[order])
-    after = State(
-        np.arange(len(state.buffer)), pieces, end.summands if adding else state.width
-    )
+    after = State(np.arange(len(state.buffer)), pieces, end.summands if adding else state.width)
     if step.kind == "narrow" and np.array_equal(after.held(), state.held()):
         raise VerifyError("a narrow changes nothing")
     return after

@@ -14,7 +14,7 @@ def test_two_encoders_and_a_pipeline() -> None:
     assert_expected_inline(
         page(trio_graph()),
         """\
-graph Trio    world 8    after 4/5 phases
+graph Trio    world 8    after 5/6 phases
 
 layouts
   vision     tp2 dp4       tp = r%2   dp = r//2
@@ -61,7 +61,7 @@ def test_no_pipeline() -> None:
     assert_expected_inline(
         page(pair_graph()),
         """\
-graph Pair    world 8    after 4/5 phases
+graph Pair    world 8    after 5/6 phases
 
 layouts
   vision     tp2 dp4   tp = r%2   dp = r//2

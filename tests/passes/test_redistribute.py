@@ -10,7 +10,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
-from colocc.errors import LayoutError
+from colocc.errors import CaptureError, LayoutError
 from colocc.layout import Layout
 from colocc.passes import run
 from colocc.passes.redistribute import PREFIX, is_redistribution
@@ -238,3 +238,58 @@ class Named(Pair):
     def forward(self, images: torch.Tensor, mul_language: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.language(self.vision(images) * mul_language)
         return out
+
+
+class Averaged(Pair):
+    """Glue before the reader computes with the length of an input."""
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.vision(images) * mask.unsqueeze(-1) / mask.shape[1]
+        out: torch.Tensor = self.language(x)
+        return out
+
+
+def test_a_length_that_is_cut_is_refused_before_the_reader() -> None:
+    glue = {"vision": Layout(tp=2, cp=2, dp=2), "language": CUT["language"]}
+    with pytest.raises(CaptureError, match=r"it reads the length of (images|mask)\w*, whose sequence"):
+        graph_of(Averaged(), glue, LONG, sequence_dims={"vision": 1, "images": 1, "mask": 1})
+    # Nothing cuts the mask where the glue runs.
+    graph = graph_of(Averaged(), CUT, LONG, sequence_dims={"vision": 1, "mask": 1})
+    assert len(graph.plans) == 1
+
+
+class Loss(Pair):
+    """The user's own loss, of this rank's part, takes lengths as they are here."""
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.language(self.vision(images)) * mask.unsqueeze(-1)
+        return out.reshape(mask.shape[0] * mask.shape[1], -1)
+
+
+def test_a_length_that_is_cut_is_local_behind_the_reader() -> None:
+    graph = graph_of(Loss(), CUT, LONG, sequence_dims={"vision": 1, "mask": 1})
+    assert len(graph.plans) == 1
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.projector, self.language = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.language(self.projector(self.vision(images)))
+        return out
+
+
+@pytest.mark.parametrize("sp", [False, True])
+def test_a_projector_runs_with_its_reader_where_both_cut_the_sequence_alike(sp: bool) -> None:
+    layouts = {
+        "vision": Layout(tp=8),
+        "projector": Layout(tp=2, dp=4),
+        "language": Layout(tp=2, dp=4, sp=sp),
+    }
+    batch = {"images": torch.zeros(8, 16, 8)}
+    lengths = {"vision": 1, "projector": 1}
+    graph = graph_of(Projected(), layouts, batch, sequence_dims=lengths)
+    assert graph.home("projector") == ("projector" if sp else "language")
+    assert len(graph.plans) == (2 if sp else 1)

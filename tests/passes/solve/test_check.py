@@ -45,9 +45,7 @@ EDGES = (
 )
 
 
-def edge(
-    src: Layout, dst: Layout, dims: tuple[str, ...] = WHOLE, nodes: int | None = None
-) -> Plan:
+def edge(src: Layout, dst: Layout, dims: tuple[str, ...] = WHOLE, nodes: int | None = None) -> Plan:
     value = Type.parse("bf16[24@dp,24,16]", "images", src)
     return solve(
         ("images", src), ("language", dst), dims=dims, scale=SCALE, value=value,
