@@ -48,8 +48,8 @@ def _miscounted(
     sample = int(wrong[0])
     return (
         f"sample {sample} has {int(places[sample])} places for embeddings and "
-        f"{wanted} embeddings ({scatter.name}, {scatter.line}). Give each sample as many placeholder "
-        f"tokens as its encoder makes embeddings. {len(wrong)} of {samples} samples differ."
+        f"{wanted} embeddings ({scatter.name}, {scatter.line}). Give each sample as many "
+        f"placeholder tokens as its encoder makes embeddings. {len(wrong)} of {samples} samples differ."
     )
 
 
