@@ -17,7 +17,7 @@ from colocc.passes.graph import Graph
 from colocc.passes.solve.check import check
 from colocc.passes.solve.plan import Plan, Step
 from colocc.passes.solve.solver import solve
-from colocc.sequence import axes_of, check_length, form
+from colocc.sequence import axes_of, form
 from colocc.types import Dim, Type
 
 SINK = "language"
@@ -99,10 +99,11 @@ def explain(
     plan = solve(src, dst, dims=dims, value=value, ranks_per_node=ranks_per_node)
     samples = value.dims[0].samples
     if samples % plan.units:
+        rest = samples % plan.units
         raise LayoutError(
             f"{tensor} has {samples} samples, which {src[0]} ({src[1]}) and {dst[0]} ({dst[1]}) "
-            f"cut into {plan.units} equal parts: {samples} % {plan.units} = "
-            f"{samples % plan.units}. Make it a multiple of {plan.units}."
+            f"cut into {plan.units} equal parts: {samples} % {plan.units} = {rest}. Make it a "
+            f"multiple of {plan.units}."
         )
     check(plan)
     return plan
@@ -118,19 +119,16 @@ def typed(text: str, name: str, layout: Layout) -> Type:
     # One dim of samples and rows: 8*576.
     flat = first.rows > 1 and first.samples > 1
     samples = replace(first, axes=("dp",)) if flat else Dim(first.size, 1, ("dp",))
+    sequence = 0 if flat else 1 if len(value.dims) > 1 else None
+    value = replace(value, dims=(samples, *value.dims[1:]), batch=0, sequence=sequence)
     if not axes:
-        return replace(value, dims=(samples, *value.dims[1:]), batch=0)
-    if len(value.dims) < 2 and not flat:
+        return value
+    if sequence is None:
         raise LayoutError(
             f"{text} has {len(value.dims)} dim, {name} ({layout}) cuts dim 1, the sequence, over "
             f"{' and '.join(axes)}. Give it a sequence: bf16[8,576,4096]"
         )
-    if flat:
-        check_length(f"{text} on {name}", first.rows, layout)
-        return replace(value, dims=(replace(samples, axes=(*axes, "dp")), *value.dims[1:]), batch=0)
-    check_length(f"{text} on {name}", value.dims[1].size, layout)
-    sequence = Dim(1, value.dims[1].size, axes)
-    return replace(value, dims=(samples, sequence, *value.dims[2:]), batch=0)
+    return value.cut(sequence, text)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -15,7 +15,16 @@ from fractions import Fraction
 from typing import Any
 
 from colocc.errors import LayoutError
-from colocc.passes.solve.enumerate import AXES, USUAL, Pair, Verdict, judge, pairs, written
+from colocc.passes.solve.enumerate import (
+    AXES,
+    USUAL,
+    Pair,
+    Verdict,
+    is_another,
+    judge,
+    pairs,
+    written,
+)
 
 MOST_RANKS = 4096
 ALL_ORDERS_UP_TO = 16
@@ -133,8 +142,8 @@ def judged(
 
 
 def judge_all(chunk: list[Pair]) -> list[tuple[Pair, Verdict]]:
-    """The verdict of each pair of a chunk."""
-    return [(pair, judge(pair)) for pair in chunk]
+    """The verdict of each pair of a chunk that is a problem of its own."""
+    return [(pair, judge(pair)) for pair in chunk if is_another(pair)]
 
 
 def as_text(

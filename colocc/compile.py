@@ -21,6 +21,7 @@ from colocc.passes.graph import Graph, Reduction
 from colocc.passes.rows import BatchDim, BatchDims, Rows, dim_of
 from colocc.program import Program
 from colocc.runtime import megatron
+from colocc.runtime.filled import portions_of
 from colocc.runtime.groups import (
     DEFAULT_TIMEOUT,
     ProcessGroups,
@@ -67,7 +68,9 @@ def compile(
 
     ``schedule`` orders the work of ``forward_backward``: "three_phase" encodes the whole step
     first; "lookahead=2", at pp = 1, encodes 2 microbatches at a time, which bounds the memory of
-    the encoders' activations.
+    the encoders' activations; "filled", at pp > 1, encodes in the bubbles of the pipeline, if every
+    tp group of the encoder lies inside one of its stages; "filled=2,6" in 2 portions a microbatch,
+    with the encoder's activations of 6 microbatches alive.
 
     Collective. Without an initialised torch.distributed the program can be printed, not run.
 
@@ -89,6 +92,8 @@ def compile(
         graph = _build(model, plain, example_inputs, means, options)
         _check_rows(graph, rows or {})
         order = Schedule.parse(schedule, (graph.sink, plain[graph.sink]))
+        if order.kind == "filled":
+            portions_of(graph)
         found = graph, _specialized(graph)
     except Exception as problem:  # noqa: BLE001 - agreed on below, then raised on every rank
         error = problem

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sympy
@@ -186,7 +186,7 @@ class Layout:
         """
         if len(text) > 200:
             raise LayoutError(f"{text[:40]!a}... has {len(text)} characters; write at most 200.")
-        sizes: dict[str, int] = {}
+        sizes: dict[str, Any] = {}
         order: str | None = None
         flags: set[str] = set()
         for word in text.replace(",", " ").split():
@@ -369,7 +369,7 @@ def _group_of(rank: int, grid: Grid, axis: str) -> tuple[int, ...]:
     return tuple(range(first, first + stride * size, stride))
 
 
-def _search(sizes: dict[str, int], fits: Callable[[Layout], bool], what: str) -> Layout:
+def _search(sizes: dict[str, Any], fits: Callable[[Layout], bool], what: str) -> Layout:
     """The first layout of these sizes, the default order first, that ``fits``."""
     usual = tuple(DEFAULT_ORDER.split("-"))
     for order in (usual, *itertools.permutations(AXES)):
@@ -433,7 +433,7 @@ def _word(word: str, text: str) -> tuple[str, int]:
     return axis, int(digits)
 
 
-def _named(dims: list[tuple[str, int]], what: str) -> dict[str, int]:
+def _named(dims: list[tuple[str, int]], what: str) -> dict[str, Any]:
     for name, _ in dims:
         if name not in AXES:
             raise LayoutError(f"{what} has a dim {name!r}; name its dims {', '.join(AXES)}.")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from colocc.errors import LayoutError
+from colocc.passes.capture import Method
 from colocc.passes.dump import dot, page, ranks
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.merge import Merge
@@ -23,10 +28,12 @@ from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
 from colocc.runtime.data import Batches, fingerprint, holding_of, sample_runs
 from colocc.runtime.execute import Executor
+from colocc.runtime.filled import Bubbles
 from colocc.runtime.groups import (
     ProcessGroups,
     agree_on,
     close_groups,
+    gather_texts,
     open_groups,
     process_groups,
 )
@@ -34,6 +41,7 @@ from colocc.runtime.ragged import RowsPerItem
 from colocc.runtime.redistribution import Redistribution, tensor_dims
 from colocc.runtime.rows import RowRedistribution, counted, rows_held
 from colocc.runtime.schedule import Schedule, run_step
+from colocc.runtime.trace import Recorder, chrome, from_text, picture, to_text
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
@@ -65,9 +73,12 @@ class Program:
         self.rank = dist.get_rank() if dist.is_initialized() else None
         self.groups, self._owns_groups = groups, False
         self._optional = megatron.optional_inputs(model)
+        self.recorder: Recorder | None = None
+        self._quiet = megatron.QuietGlue(model) if megatron.is_mimo(model) else None
         self._agreed = self._destroyed = False
         self.cut: list[fx.Node] = []
         self.redistributions: dict[str, Redistribution | RowRedistribution] = {}
+        self.bubbles: Bubbles | None = None
         self._calls: dict[str, Callable[..., Any]] = {}
         self._templates: dict[str, Any] = {}
         self._members: tuple[tuple[int, ...], ...] = ()
@@ -89,7 +100,7 @@ class Program:
         assert dist.group.WORLD is not None
         self._world = weakref.ref(dist.group.WORLD)
         opened = open_groups(self._members, timeout=timeout)
-        self._mine = mine
+        self.mine = mine
         moves = self.redistributions
         for node in mine.fx.nodes:
             if node.name in plans:
@@ -101,13 +112,25 @@ class Program:
         self._calls |= {n: move for n, move in moves.items() if isinstance(move, RowRedistribution)}
         self.cut = cut(mine)
         self._output = mine.output()
+        methods = self._quiet.methods() if self._quiet is not None else None
         self._encode, self._language = (
-            Executor(mine, phase, self.model, moves, results, calls=self._calls)
+            Executor(
+                mine,
+                phase,
+                self.model,
+                moves,
+                results,
+                calls=self._calls,
+                methods=methods,
+                noted=lambda kind: self.noted(kind),
+            )
             for phase, results in (
                 ("encode", self.cut),
                 ("language", self._output.all_input_nodes),
             )
         )
+        if self.schedule.kind == "filled":
+            self.bubbles = Bubbles(self, timeout, self.schedule.portions, self.schedule.window)
 
     def _bound(
         self,
@@ -145,6 +168,11 @@ class Program:
         who = self.rank if rank is None else rank
         if who is None:
             raise LayoutError("samples() needs a rank where torch.distributed is not initialised")
+        if self.bubbles is not None:
+            raise LayoutError(
+                "schedule 'filled' chooses who encodes what by the sizes of a step's batches: load "
+                "all samples on every rank, or write schedule='three_phase'"
+            )
         dp = self.graph.layouts[self.graph.sink].dp
         return {
             name: [
@@ -162,7 +190,7 @@ class Program:
         """The values that cross to the language phase, for the samples of all of ``batches``."""
         values = {
             node: batches.encoder_input(node)
-            for node in self._mine.placeholders()
+            for node in self.mine.placeholders()
             if node.meta["phase"] == "encode"
         }
         for move in self.redistributions.values():
@@ -187,15 +215,47 @@ class Program:
                 found[node] = rows.by_microbatch(rows_held(plan, plan.dst, rows, self.rank))
         return found
 
+    def check_learns(self, crossing: list[Any]) -> None:
+        """Raise LayoutError, where gradients are on, for a value of a module with parameters to
+        train that has lost its way back to them."""
+        if not torch.is_grad_enabled():
+            return
+        trainable = self.trainable()
+        for node, value in zip(self.cut, crossing, strict=True):
+            source = node.all_input_nodes[0] if node.name in self.redistributions else node
+            name = source.meta["module"]
+            if name in trainable and not any(
+                leaf.requires_grad for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)
+            ):
+                raise LayoutError(
+                    f"{name} has parameters to train, and its output {source.name} requires no "
+                    "grad: they would get no gradient. A recomputed layer whose input requires no "
+                    f"grad loses them: leave it out of the recomputation of {name}, or put a layer "
+                    "with parameters before it."
+                )
+
+    def look_ahead(self, batches: Batches) -> None:
+        """Learn what the language phase of ``batches`` must know of its values, in one wait."""
+        ids = [n for n in self.mine.placeholders() if n.meta["path"] == ("input_ids",)]
+        if self._quiet is not None and ids and self._looks(ids[0]):
+            every = range(len(batches.microbatches))
+            self._quiet.count([batches.sink_input(ids[0], index) for index in every])
+
+    @staticmethod
+    def _looks(node: fx.Node) -> bool:
+        return any(isinstance(user.target, Method) for user in node.users)
+
     def language(self, batches: Batches, microbatch: int, crossing: list[Any]) -> Any:
         """One microbatch through this rank's part of the language phase; what the forward
         returns."""
         values = {
             node: batches.sink_input(node, microbatch)
-            for node in self._mine.placeholders()
+            for node in self.mine.placeholders()
             if node.meta["phase"] == "language"
         }
         values |= dict(zip(self.cut, crossing, strict=True))
+        if self._quiet is not None:
+            self._quiet.turn_to(microbatch)
         results = dict(zip(self._output.all_input_nodes, self._language(values), strict=True))
         return fx.node.map_arg(self._output.args[0], results.__getitem__)
 
@@ -212,6 +272,7 @@ class Program:
                 "program.forward_backward(batches, num_microbatches=..., loss_func=...)"
             )
         batches = self._batches([batch])
+        self.look_ahead(batches)
         return self.language(batches, 0, self.encode(batches))
 
     def forward_backward(
@@ -256,6 +317,32 @@ class Program:
             force_all_reduce=force_all_reduce,
             seq_length=length,
         )
+
+    @contextlib.contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Inside, note what every rank does in a step; rank 0 then writes it to ``path`` for Chrome
+        or Perfetto, and as a PNG beside it if matplotlib is at hand.
+
+        Collective; one ``forward_backward`` goes inside. Idle time is what lies between.
+        """
+        self.recorder = Recorder()
+        try:
+            yield
+            spans = self.recorder.spans()
+        finally:
+            self.recorder = None
+        ranks = [from_text(text) for text in gather_texts(to_text(spans))]
+        if self.rank == 0:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(chrome(ranks))
+            if importlib.util.find_spec("matplotlib") is not None:
+                picture(ranks, Path(path).with_suffix(".png"))
+
+    def noted(self, kind: str, microbatch: int = -1) -> contextlib.AbstractContextManager[None]:
+        """Inside, this rank does ``kind`` of work: noted if the step is traced."""
+        if self.recorder is None:
+            return contextlib.nullcontext()
+        return self.recorder.span(kind, microbatch)
 
     def _check_trainable(self, forward_only: bool) -> None:
         if not megatron.is_mimo(self.model):
@@ -346,6 +433,18 @@ class Program:
         return [m for name, m in self.trainable().items() if name != self.graph.sink]
 
     @property
+    def encoder_module(self) -> nn.Module:
+        """The module that feeds the sink, where it is one, with its wrappers."""
+        (name,) = (name for name in self.graph.layouts if name != self.graph.sink)
+        return self.model.get_submodule(self.graph.targets[name])
+
+    @property
+    def scale(self) -> float:
+        """What that module's gradients from the sink are multiplied by."""
+        (name,) = (name for name in self.graph.layouts if name != self.graph.sink)
+        return float(self.graph.scale(name, self.graph.sink))
+
+    @property
     def sink_module(self) -> nn.Module:
         """The module that every other one feeds, with its wrappers."""
         return self.model.get_submodule(self.graph.targets[self.graph.sink])
@@ -370,6 +469,9 @@ class Program:
         """Give back the process groups that the program opened."""
         self._destroyed = True
         if self._world is not None:
+            if self.bubbles is not None:
+                self.bubbles.close(self._world)
+                self.bubbles = None
             close_groups(self._members, world=self._world)
         self._members = ()
         if self._owns_groups and self.groups is not None:

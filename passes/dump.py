@@ -141,15 +141,19 @@ def _plan_lines(graph: Graph, node: fx.Node) -> list[str]:
     plan = graph.plans[node.name]
     source = first_type(node.all_input_nodes[0].meta["types"])
     ends = f"{plan.src.module} {plan.src.layout} -> {plan.dst.module} {plan.dst.layout}"
-    lines = [f"+   {_kind(plan)}   {ends}   where {plan.where[0]}"]
-    lines += [f"+   where {relation}" for relation in plan.where[1:]]
+    first = f"+   {_kind(plan)}   {ends}"
+    relations = [f"where {relation}" for relation in plan.where]
+    fits = len(first) + 3 + len(relations[0]) <= PAGE_WIDTH
+    lines = [f"{first}   {relations[0]}"] if fits else [first, f"+   {relations[0]}"]
+    lines += [f"+   {relation}" for relation in relations[1:]]
     rows = _step_rows(plan, source)
     if plan.scale != 1:
         reductions = {
             n: graph.reductions.get(n, "mean") for n in (plan.src.module, plan.dst.module)
         }
         why = ", ".join(f"{n} {how}" for n, how in reductions.items())
-        rows.append(["bwd", f"scale x{plan.scale}", "", f"{why} over dp"])
+        axes = "dp and cp" if max(plan.src.layout.cp, plan.dst.layout.cp) > 1 else "dp"
+        rows.append(["bwd", f"scale x{plan.scale}", "", f"{why} over {axes}"])
     lines += _table(rows, indent="+   ")
     lines += [f"+   {_short(line, PAGE_WIDTH - 4)}" for line in _reasons(plan)]
     line = str(node.meta.get("line", ""))
@@ -309,10 +313,13 @@ def ranks(graph: Graph, name: str) -> str:
     for holding in (plan.src, plan.dst):
         boxes = holding.boxes()
         for place, dim in enumerate(plan.dims):
+            if place and plan.grid[place] == 1:
+                continue
             cells = [",".join(f"{a}:{b}" for a, b in box[place]) if box else "-" for box in boxes]
             rows.append([holding.module + f" {dim}" * (place > 0), *cells])
     title = f"%{name}  {plan.kind}  parts of {plan.units} of the step's samples held by each rank"
-    more = [f"{n} of the {dim}" for dim, n in zip(plan.dims[1:], plan.grid[1:], strict=True)]
+    cut = zip(plan.dims[1:], plan.grid[1:], strict=True)
+    more = [f"{n} of the {dim}" for dim, n in cut if n > 1]
     return "\n".join([", ".join([title, *more]), *_table(rows, indent="")]) + "\n"
 
 

@@ -20,8 +20,9 @@ every order does, whatever the tasks really take: none can deadlock.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 from typing import Literal
 
 Kind = Literal["forward", "backward", "encode", "encode_backward"]
@@ -70,12 +71,14 @@ class Timeline:
 @dataclass(frozen=True, slots=True)
 class Policy:
     """``patient``: a stage rather idles than lets the language task wait that is known to come.
-    ``share``: no stage encodes more than this much of an even split. ``window``: microbatches
-    encoded and not yet backward."""
+    ``share``: no stage encodes more than this much of an even split. ``window``: so many
+    microbatches are encoded, all stages together, before their backward; a stage that holds its
+    part of them goes back first, before the language task if ``tidy``."""
 
     patient: bool
     share: float
     window: int
+    tidy: bool
 
 
 def one_f_one_b(stage: int, stages: int, microbatches: int) -> list[Task]:
@@ -92,16 +95,20 @@ def fill(
 ) -> Timeline:
     """Return the shortest timeline of all policies, with ``portions`` to encode a microbatch.
 
-    ``window`` bounds the microbatches whose encoder activations are alive. It is at least
-    ``stages``, since 1F1B needs as many; three times that if not given.
+    ``window`` bounds the microbatches whose encoder activations are alive, of which each stage has
+    its part. It is at least one more than ``stages``, as many as 1F1B needs; four for each
+    stage if not given.
     """
-    limit = max(stages, 3 * stages if window is None else window)
+    limit = max(stages + 1, 4 * stages if window is None else window)
     windows = sorted({min(limit, 2 * stages), limit})
-    policies = itertools.product((False, True), (1.0, 1.15, 1.3), windows)
+    shares = (1.0, 1.15, inf)
+    policies = itertools.product((False, True), shares, windows, (False, True))
     timelines = [
         _Run(stages, microbatches, portions, costs, Policy(*policy)).finish() for policy in policies
     ]
-    return min(timelines, key=lambda timeline: timeline.length)
+    # With any share a run always ends: more microbatches are encoded than the pipeline holds.
+    ended = [timeline for timeline in timelines if timeline is not None]
+    return min(ended, key=lambda timeline: timeline.length)
 
 
 def three_phase_length(stages: int, microbatches: int, portions: int, costs: Costs) -> float:
@@ -135,17 +142,19 @@ class _Run:
     def __post_init__(self) -> None:
         every = range(self.stages)
         self.language = [one_f_one_b(s, self.stages, self.microbatches) for s in every]
-        self.todo = [
+        self.todo = deque(
             Task("encode", index, portion)
             for index in range(self.microbatches)
             for portion in range(self.portions)
-        ]
+        )
+        self.returned: set[int] = set()
         self.taken = [0] * self.stages
+        self.room = ceil(self.policy.window * self.portions / self.stages)
         self.mine: list[list[Task]] = [[] for _ in every]
         self.done: list[list[Span]] = [[] for _ in every]
 
-    def finish(self) -> Timeline:
-        """Run to the end."""
+    def finish(self) -> Timeline | None:
+        """Run to the end; None if the shares leave a portion that every stage refuses."""
         while True:
             for stage in range(self.stages):
                 if stage not in self.running and (task := self._next(stage)) is not None:
@@ -156,7 +165,8 @@ class _Run:
             for stage, span in list(self.running.items()):
                 if span.end <= self.now:
                     self._end(stage, span)
-        assert not self.todo and not any(self.language) and not any(self.mine)
+        if self.todo or any(self.language) or any(self.mine):
+            return None
         return Timeline(tuple(tuple(spans) for spans in self.done))
 
     def _start(self, stage: int, task: Task) -> None:
@@ -167,7 +177,7 @@ class _Run:
             self.language[stage].pop(0)
             self.ends[task.kind, task.microbatch, stage] = span.end
         elif task.kind == "encode":
-            self.todo.remove(task)
+            assert self.todo.popleft() == task
             self.taken[stage] += 1
         else:
             self.mine[stage].remove(Task("encode", task.microbatch, task.portion))
@@ -179,6 +189,8 @@ class _Run:
         if task.kind == "encode":
             self.mine[stage].append(task)
             self.encoded[task.microbatch] = self.encoded.get(task.microbatch, 0) + 1
+        elif task.kind == "backward" and stage == 0:
+            self.returned.add(task.microbatch)
 
     def _ready(self, stage: int) -> float:
         """When the next language task of ``stage`` can start; infinity if that is not known."""
@@ -194,9 +206,12 @@ class _Run:
     def _next(self, stage: int) -> Task | None:
         """What ``stage`` does now; None if it waits."""
         ready = self._ready(stage) if self.language[stage] else float("inf")
+        backward, full = self._backward(stage), len(self.mine[stage]) >= self.room
+        if full and backward is not None and self.policy.tidy:
+            return backward
         if ready <= self.now:
             return self.language[stage][0]
-        for task in (self._encode(stage), self._backward(stage)):
+        for task in (None if full else self._encode(stage), backward):
             if task is None:
                 continue
             seconds: float = getattr(self.costs, task.kind)
@@ -206,17 +221,13 @@ class _Run:
 
     def _backward(self, stage: int) -> Task | None:
         for task in self.mine[stage]:
-            if self.ends.get(("backward", task.microbatch, 0), float("inf")) <= self.now:
+            if task.microbatch in self.returned:
                 return Task("encode_backward", task.microbatch, task.portion)
         return None
 
     def _encode(self, stage: int) -> Task | None:
         even = self.microbatches * self.portions / self.stages
-        if not self.todo or self.taken[stage] >= ceil(even * self.policy.share):
+        if not self.todo or self.taken[stage] >= even * self.policy.share:
             return None
-        returned = sum(
-            1
-            for index in range(self.microbatches)
-            if self.ends.get(("backward", index, 0), float("inf")) <= self.now
-        )
-        return self.todo[0] if self.todo[0].microbatch < returned + self.policy.window else None
+        ahead = self.todo[0].microbatch - len(self.returned)
+        return self.todo[0] if ahead < self.policy.window else None

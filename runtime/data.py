@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from math import lcm
 from typing import Any
 
@@ -60,20 +61,19 @@ class Batches:
             templates=templates,
         )
 
-    def encoder_input(self, node: fx.Node) -> Any:
-        """The samples of an encoder's input that this rank encodes, for the whole step."""
+    def encoder_input(self, node: fx.Node, runs: list[Run] | None = None) -> Any:
+        """The samples ``runs`` of an encoder's input; if not given, those that this rank encodes of
+        the whole step."""
         module = node.meta["module"]
+        holding = holding_of(self.graph, module)
         if module in self.graph.rows:
-            holding = holding_of(self.graph, module)
+            path = node.meta["path"]
+            if runs is not None:
+                return self.ragged.input_of_runs(module, runs, path)
             units = holding.units()[self.rank]
-            return self.ragged.encoder_input(module, units, units_in(holding), node.meta["path"])
-        runs = sample_runs(
-            holding_of(self.graph, node.meta["module"]),
-            self.sink.dp,
-            len(self.microbatches),
-            self.size,
-            self.rank,
-        )
+            return self.ragged.encoder_input(module, units, units_in(holding), path)
+        if runs is None:
+            runs = sample_runs(holding, self.sink.dp, len(self.microbatches), self.size, self.rank)
         # A slot without samples still has an input, of none.
         parts = [self._cut(node, mb, start, stop) for mb, start, stop in runs or [(0, 0, 0)]]
         if len(parts) == 1:
@@ -125,7 +125,13 @@ def cut_sequence(value: torch.Tensor, dim: int, layout: Layout, rank: int) -> to
 def holding_of(graph: Graph, module: str) -> Holding:
     """Which units of a step each dp slot of ``module`` holds."""
     sink = (graph.sink, graph.layouts[graph.sink])
-    found, _, _ = holdings((module, graph.layouts[module]), sink, sink, ("sample",))
+    return _holding((module, graph.layouts[module]), sink)
+
+
+@lru_cache(maxsize=256)
+def _holding(module: tuple[str, Layout], sink: tuple[str, Layout]) -> Holding:
+    """Asked several times a microbatch, so solved once."""
+    found, _, _ = holdings(module, sink, sink, ("sample",))
     return found
 
 

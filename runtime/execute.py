@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import fx, nn
 
-from colocc.passes.graph import Graph
+from colocc.passes.graph import Graph, Method
 from colocc.runtime.guards import check_modes
 from colocc.runtime.nodes import call
 
@@ -17,7 +18,8 @@ class Executor:
 
     Submodules are looked up at each call, so a module that was wrapped (by DDP, say) after the
     compile is called through its wrapper. ``calls`` are what runs a node of that name instead of
-    the node's own target.
+    the node's own target; ``methods`` stand in for those of the model; redistributions run
+    ``noted``.
     """
 
     def __init__(
@@ -29,9 +31,13 @@ class Executor:
         results: list[fx.Node],
         *,
         calls: Mapping[str, Callable[..., Any]] | None = None,
+        methods: Mapping[str, Callable[..., Any]] | None = None,
+        noted: Callable[[str], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.model, self.redistributions, self.calls = model, redistributions, calls or {}
         self.guards = graph.guards
+        self.methods = methods or {}
+        self.noted = noted or (lambda kind: nullcontext())
         self.nodes = [
             n
             for n in graph.fx.nodes
@@ -63,9 +69,16 @@ class Executor:
         return [values[node] for node in self.results]
 
     def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        if node.name in self.calls:
-            return self.calls[node.name](*fx.node.map_arg(node.args, values.__getitem__))
         if node.name in self.redistributions:
             (source,) = node.all_input_nodes
-            return self.redistributions[node.name](values[source], samples=self.samples)
-        return call(node, values, self.model)
+            with self.noted("redistribute"):
+                if node.name in self.calls:
+                    return self.calls[node.name](values[source])
+                return self.redistributions[node.name](values[source], samples=self.samples)
+        instead = self.calls.get(node.name)
+        if isinstance(node.target, Method):
+            instead = self.methods.get(node.target.name)
+        if instead is None:
+            return call(node, values, self.model)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        return instead(*args, **kwargs)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 Members = tuple[int, ...]
-Use = Literal["shared", "pipeline"]
+Use = Literal["shared", "pipeline", "pipeline back", "embeddings", "gradients", "host"]
 Key = tuple[Use, Members]
 
 
@@ -122,7 +122,8 @@ def _open(key: Key, rank: int, world: int, timeout: timedelta) -> dist.ProcessGr
     if len(members) == world and use == "shared":
         return None  # the default group: the registry must not hold its own key
     # new_group is collective over the whole world, members or not.
-    group = dist.new_group(list(members), timeout=timeout)
+    backend = "gloo" if use == "host" else None
+    group = dist.new_group(list(members), timeout=timeout, backend=backend)
     return group if rank in members else None
 
 
@@ -161,7 +162,7 @@ def agree(what: str, text: str, error: str | None = None) -> None:
         if error:
             raise LayoutError(error)
         return
-    texts = _gather_texts(("E" if error else "T") + (error or text))
+    texts = gather_texts(("E" if error else "T") + (error or text))
     errors = {rank: line[1:] for rank, line in enumerate(texts) if line[0] == "E"}
     if errors:
         groups: dict[str, list[int]] = {}
@@ -202,7 +203,7 @@ def _ranks(ranks: list[int]) -> str:
     return f"{name} {', '.join(map(str, ranks))}"
 
 
-def _gather_texts(text: str) -> list[str]:
+def gather_texts(text: str) -> list[str]:
     """The texts of all ranks, as bytes: nothing is unpickled."""
     cuda = "nccl" in dist.get_backend()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -427,7 +428,7 @@ def _union(mine: Mapping[Members, dist.ProcessGroup]) -> list[Members]:
     text = ";".join(",".join(map(str, members)) for members in mine)
     per_rank = [
         {tuple(map(int, part.split(","))) for part in line.split(";") if part}
-        for line in _gather_texts(text + ";")
+        for line in gather_texts(text + ";")
     ]
     everyone = sorted(set().union(*per_rank))
     return [m for m in everyone if all(m in per_rank[rank] for rank in m)]

@@ -49,7 +49,8 @@ def _miscounted(
     return (
         f"sample {sample} has {int(places[sample])} places for embeddings and "
         f"{wanted} embeddings ({scatter.name}, {scatter.line}). Give each sample as many "
-        f"placeholder tokens as its encoder makes embeddings. {len(wrong)} of {samples} samples differ."
+        f"placeholder tokens as its encoder makes embeddings. {len(wrong)} of {samples} samples "
+        "differ."
     )
 
 

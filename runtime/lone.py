@@ -40,6 +40,12 @@ class LoneGroup(dist.ProcessGroup):
     """All collectives of torch.distributed for a world of one; sending to oneself is refused."""
 
     _known_as = ""
+    # Nothing is opened ahead for a device that torch is bound to (device_id), nor split from it.
+    supports_splitting = False
+
+    def _get_backend(self, device: torch.device) -> LoneGroup:
+        """The backend of every device: this group is its own."""
+        return self
 
     def getBackendName(self) -> str:  # noqa: N802 - torch's name
         return BACKEND

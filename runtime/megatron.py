@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from colocc.runtime.channels import Channel
     from colocc.runtime.groups import ProcessGroups
+    from colocc.runtime.pipeline import Between
 
 LANGUAGE = "language"
 _INPUTS = ("input_ids", "position_ids", "loss_mask", "labels")
@@ -256,6 +258,103 @@ def _scattering(embedding: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+class QuietGlue:
+    """Two methods of MimoModel that wait for the GPU several times a microbatch, without a wait.
+
+    Both need to know how many placeholders a microbatch has, which ``count`` asks for once a step.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._counts: list[dict[str, int]] = []
+        self._at = 0
+
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        """What stands in for the model's methods of these names; those of a subclass stay."""
+        base = sys.modules["megatron.core.models.mimo.model.base"].MimoModel
+        mine: dict[str, Callable[..., Any]] = {
+            "get_text_embeddings": self._text,
+            "align_embeddings_by_token_positions": self._merged,
+        }
+        own: Any = type(self.model)
+        return {n: call for n, call in mine.items() if vars(base)[n] is getattr(own, n)}
+
+    def count(self, input_ids: list[torch.Tensor]) -> None:
+        """Learn the placeholders in each microbatch of a step; waits for the device, once."""
+        tokens = self.model.special_token_ids
+        found = [torch.stack([(ids == t).sum() for t in tokens.values()]) for ids in input_ids]
+        rows = torch.stack(found).tolist()
+        self._counts = [dict(zip(tokens, row, strict=True)) for row in rows]
+
+    def turn_to(self, microbatch: int) -> None:
+        """The calls that follow are about ``microbatch``."""
+        self._at = microbatch
+
+    def _text(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        special_token_ids: Mapping[str, int],
+    ) -> torch.Tensor:
+        """The embeddings of the tokens that are text. Shape: [tokens, hidden]."""
+        adapter, embedding = self.model.partition_adapter, self._embedding()
+        scatters = getattr(embedding, "scatter_to_sequence_parallel", False)
+        if adapter is not None and adapter.cfg.seq_parallel and scatters:
+            # Megatron's own refusal.
+            found: torch.Tensor = self.model.get_text_embeddings(
+                input_ids, position_ids, special_token_ids
+            )
+            return found
+        text = self._mask(input_ids, special_token_ids)
+        size = input_ids.numel() - sum(self._counts[self._at].values())
+        rows, places = torch.nonzero_static(text, size=size).unbind(dim=1)
+        if position_ids is not None:
+            if position_ids.dim() == 3:
+                position_ids = position_ids[0]
+            position_ids = position_ids[rows, places].unsqueeze(0)
+        embedded: torch.Tensor = embedding(
+            input_ids=input_ids[rows, places].unsqueeze(0), position_ids=position_ids
+        )
+        return embedded.squeeze(1)
+
+    def _merged(
+        self,
+        modality_embeddings: Mapping[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        special_token_ids: Mapping[str, int],
+    ) -> torch.Tensor:
+        """All embeddings at the places of their tokens. Shape: [sequence, batch, hidden]."""
+        counts = self._counts[self._at]
+        wanted = counts | {"text": input_ids.numel() - sum(counts.values())}
+        first = next(iter(modality_embeddings.values()))
+        like = modality_embeddings.get("text", first)
+        merged = like.new_zeros((*input_ids.shape, like.shape[-1]))
+        for name, rows in modality_embeddings.items():
+            if len(rows) != wanted[name]:
+                raise ValueError(
+                    f"Number of {name} tokens ({wanted[name]}) does not match number of {name} "
+                    f"embeddings ({len(rows)})"
+                )
+            text = name == "text"
+            mask = (
+                self._mask(input_ids, special_token_ids)
+                if text
+                else input_ids == special_token_ids[name]
+            )
+            merged.masked_scatter_(mask.unsqueeze(-1).expand_as(merged), rows.flatten())
+        return merged.transpose(0, 1).contiguous()
+
+    def _embedding(self) -> Any:
+        return unwrapped(self.model.language_model).embedding
+
+    @staticmethod
+    def _mask(input_ids: torch.Tensor, special_token_ids: Mapping[str, int]) -> torch.Tensor:
+        text = torch.ones_like(input_ids, dtype=torch.bool)
+        for token in special_token_ids.values():
+            text &= input_ids != token
+        return text
+
+
 def unwrapped(module: nn.Module) -> Any:
     """``module`` without wrappers such as DDP or Float16Module."""
     while isinstance(getattr(module, "module", None), nn.Module):
@@ -333,10 +432,16 @@ def run_schedule(
     collect_non_loss_data: bool,
     force_all_reduce: bool,
     indices: Iterator[int],
+    filled: tuple[Channel, Channel, Between] | None = None,
 ) -> list[Any]:
-    """Return what Megatron's schedule returns: the losses on the last stage, [] elsewhere."""
+    """Return what Megatron's schedule returns: the losses on the last stage, [] elsewhere.
+
+    ``filled`` is the pipeline's way onward, its way back, and what runs between its tasks.
+    """
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from colocc.runtime.pipeline import FilledCommunicator
 
     common: dict[str, Any] = {
         "forward_step_func": forward_step,
@@ -353,8 +458,13 @@ def run_schedule(
     if collection.pp.size() == 1:
         result = schedules.forward_backward_no_pipelining(**common)
     else:
+        communicator = (
+            P2PCommunicator(pp_group=collection.pp, config=stage.config)
+            if filled is None
+            else FilledCommunicator(collection.pp, stage.config, *filled)
+        )
         result = schedules.forward_backward_pipelining_without_interleaving(
-            p2p_communicator=P2PCommunicator(pp_group=collection.pp, config=stage.config), **common
+            p2p_communicator=communicator, **common
         )
     return list(result)
 
@@ -372,6 +482,30 @@ def global_tokens(tokens: torch.Tensor, collection: ProcessGroupCollection) -> t
 def scale_gradients(module: Any, factor: torch.Tensor) -> None:
     """Multiply the gradients that DDP holds by ``factor``."""
     module.scale_gradients(factor)
+
+
+def gather_parameters(module: Any) -> None:
+    """Gather what ``overlap_param_gather`` has put off until a forward, which a rank may not run.
+
+    The last group comes first: as Megatron's hooks have it, each starts the one before it.
+    """
+    if not is_ddp(module) or not module.ddp_config.overlap_param_gather:
+        return
+    for groups in (module.bucket_groups, module.expert_parallel_bucket_groups):
+        for group in reversed(groups):
+            group.finish_param_sync()
+
+
+def start_reductions(module: Any) -> None:
+    """Start what backward would have with ``overlap_grad_reduce``, had it not run in ``no_sync``.
+
+    Until DDP has seen a backward outside of it, it waits for none and starts them by itself.
+    """
+    if not module.ddp_config.overlap_grad_reduce:
+        return
+    for group in module.bucket_groups + module.expert_parallel_bucket_groups:
+        if not group.is_first_batch:
+            group.start_grad_sync()
 
 
 def finish_gradients(

@@ -24,6 +24,7 @@ from colocc.passes.solve.plan import Intervals
 from colocc.runtime.rows import Ids, Rows, samples_in, units_of
 
 RowsPerItem = Callable[[Any], "torch.Tensor | Sequence[int]"]
+Run = tuple[int, int, int]
 INPUTS = "modality_inputs"
 
 
@@ -87,6 +88,18 @@ class Ragged:
         if not parts:
             return lookup({INPUTS: self.templates}, path)
         return _join(parts)
+
+    def input_of_runs(self, name: str, runs: Sequence[Run], path: tuple[str, ...]) -> Any:
+        """The part of an input of module ``name`` that holds the items of the samples in ``runs``,
+        each (microbatch, start, stop)."""
+        module = self.modules[name]
+        per_step = module.rows.samples // module.rows.replicas
+        size = per_step // module.rows.microbatches
+        found = []
+        for microbatch, start, stop in runs:
+            replica, place = np.divmod(np.arange(start, stop), size)
+            found.append(replica * per_step + microbatch * size + place)
+        return _join(module.cut(np.concatenate(found), path))
 
 
 @dataclass(frozen=True)

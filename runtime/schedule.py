@@ -7,7 +7,8 @@
 
 With ``three_phase`` the chunk is the whole step. With ``lookahead=k``, at pp = 1, it is k
 microbatches: 3 of a chunk and 1 of the next come between two microbatches of 2, so that no more
-than k microbatches' encoder activations are alive. Gradients are finalised once, at the end.
+than k microbatches' encoder activations are alive. With ``filled``, at pp > 1, 1 and 3 lie in the
+bubbles of 2 (runtime/filled.py). Gradients are finalised once, at the end.
 
 Source: the schedule of NVIDIA/Megatron-LM pull request 4784; pairing is by sample here, not by
 position.
@@ -16,6 +17,7 @@ position.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +31,7 @@ from colocc.layout import Layout
 from colocc.passes.graph import first_type
 from colocc.runtime import megatron
 from colocc.runtime.data import Batches
+from colocc.runtime.filled import Filled
 from colocc.runtime.gradients import finalize
 
 if TYPE_CHECKING:
@@ -37,10 +40,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The order of a step's work; ``at_once`` microbatches are encoded together, None: all."""
+    """The order of a step's work; ``at_once`` microbatches are encoded together, None: all.
 
-    kind: Literal["three_phase", "lookahead"] = "three_phase"
+    With ``filled`` a microbatch is encoded in ``portions``, None: as many as pay; the encoder
+    activations of ``window`` microbatches are alive, None: four for each stage.
+    """
+
+    kind: Literal["three_phase", "lookahead", "filled"] = "three_phase"
     at_once: int | None = None
+    portions: int | None = None
+    window: int | None = None
 
     @classmethod
     def parse(cls, text: str, sink: tuple[str, Layout]) -> Schedule:
@@ -51,10 +60,13 @@ class Schedule:
         if text == "three_phase":
             return cls()
         name, _, number = text.partition("=")
+        if filled := re.fullmatch(r"filled(?:=([1-9]\d*)(?:,([1-9]\d*))?)?", text):
+            portions, window = (int(found) if found else None for found in filled.groups())
+            return cls("filled", portions=portions, window=window)
         if name != "lookahead" or not number.isdecimal() or int(number) < 1:
             raise LayoutError(
                 f"schedule {text!r} is not known: write schedule='three_phase', or 'lookahead=2' "
-                "to encode 2 microbatches at a time"
+                "to encode 2 microbatches at a time, or 'filled' to encode in pipeline bubbles"
             )
         module, layout = sink
         if layout.pp > 1:
@@ -73,7 +85,8 @@ class Schedule:
         ]
 
     def __str__(self) -> str:
-        return self.kind if self.at_once is None else f"{self.kind}={self.at_once}"
+        numbers = [str(n) for n in (self.at_once, self.portions, self.window) if n is not None]
+        return "=".join([self.kind, ",".join(numbers)] if numbers else [self.kind])
 
 
 @dataclass
@@ -152,6 +165,14 @@ class Chunks:
         self.encoded: Encoded | None = None
         self.first = self.stop = 0
 
+    # The pipeline's communication stays Megatron's own.
+    pipeline = None
+
+    def start(self) -> None:
+        """Encode the first chunk before the schedule: in there, the stages of a pipeline are not at
+        the same microbatch."""
+        self.turn()
+
     def leaves(self, microbatch: int) -> list[Any]:
         """The leaves of ``microbatch``; the first of a chunk ends the one before."""
         if microbatch >= self.stop:
@@ -164,14 +185,18 @@ class Chunks:
         self._backward(last=False)
         batches = self.todo.pop(0)
         encoded = Encoded(self.program.cut, [], self.program.row_counts(batches))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train):
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and self.train),
+            self.program.noted("encode"),
+        ):
             encoded.whole = self.program.encode(batches)
+            self.program.check_learns(encoded.whole)
         count = len(batches.microbatches)
         encoded.cut(count)
         self.encoded, self.first, self.stop = encoded, self.stop, self.stop + count
 
     def finish(self) -> None:
-        """Backward of the last chunk: only now is a gradient of an encoder complete."""
+        """Backward of the last chunk, if there is any: then every gradient is complete."""
         self._backward(last=True)
 
     def _backward(self, *, last: bool) -> None:
@@ -181,6 +206,7 @@ class Chunks:
         with contextlib.ExitStack() as stack:
             for module in self.program.trainable_encoders() if not last else ():
                 stack.enter_context(megatron.no_sync(module))
+            stack.enter_context(self.program.noted("encode_backward"))
             encoded.backward()
 
 
@@ -198,9 +224,14 @@ def run_step(
     """Run one step over ``batches``, encoding ``chunks`` of them at a time; return what Megatron's
     schedule returns on this rank."""
     count = len(batches.microbatches)
-    encoders = Chunks(program, chunks, train=not forward_only)
-    # Before the schedule: in there, the stages of a pipeline are not at the same microbatch.
-    encoders.turn()
+    train = not forward_only
+    encoders: Chunks | Filled
+    if program.bubbles is None:
+        encoders = Chunks(program, chunks, train=train)
+    else:
+        encoders = Filled(program, program.bubbles, batches, seq_length=seq_length, train=train)
+    program.look_ahead(batches)
+    encoders.start()
     tokens: list[torch.Tensor | None] = []
 
     def collect(model: Any, num_tokens: torch.Tensor | None, **unused: Any) -> None:
@@ -208,7 +239,12 @@ def run_step(
 
     def forward_step(indices: Iterator[int], model: Any) -> tuple[Any, Callable[..., Any] | None]:
         index = next(indices)
-        return program.language(batches, index, encoders.leaves(index)), loss_func
+        leaves = encoders.leaves(index)
+        with program.noted("forward", index):
+            output = program.language(batches, index, leaves)
+        if program.recorder is not None:
+            program.recorder.watch_backward(pytree.tree_leaves(output)[0], index)
+        return output, loss_func
 
     results = megatron.run_schedule(
         megatron.Stage(program.sink_module, collect),
@@ -221,8 +257,10 @@ def run_step(
         collect_non_loss_data=collect_non_loss_data,
         force_all_reduce=force_all_reduce,
         indices=iter(range(count)),
+        filled=encoders.pipeline,
     )
-    if not forward_only:
-        encoders.finish()
-        finalize(program, tokens[0], force_all_reduce=force_all_reduce)
+    encoders.finish()
+    if train:
+        with program.noted("reduce"):
+            finalize(program, tokens[0], force_all_reduce=force_all_reduce)
     return results

@@ -102,6 +102,8 @@ def build(
     frozen: tuple[str, ...] = (),
     distributed_optimizer: bool = False,
     overlap: bool = False,
+    gather: bool = False,
+    recompute: bool = False,
     wrap: bool = True,
     length: int = LENGTH,
     seed: int = 0,
@@ -117,9 +119,14 @@ def build(
         for name, layout in layouts.items()
     }
     configs["language"] = config_of(language, 4, HIDDEN, sequence_parallel=sequence_parallel, **per)
-    if sequence_parallel:
+    if sequence_parallel or recompute:
         model_parallel_cuda_manual_seed(seed, tp_rank=pg.tp.rank(), ep_rank=0, etp_rank=0)
     names = [name for name in layouts if name != "language"]
+    if recompute:
+        for name in names:
+            configs[name].recompute_granularity = "full"
+            configs[name].recompute_method = "uniform"
+            configs[name].recompute_num_layers = 1
     specs = {
         name: ModuleSpec(
             module=VisionModalitySubmodules,
@@ -169,7 +176,9 @@ def build(
         ddp = DistributedDataParallel(
             configs[name],
             DistributedDataParallelConfig(
-                use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=overlap
+                use_distributed_optimizer=distributed_optimizer,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=gather,
             ),
             module,
             pg_collection=groups[name],

@@ -14,11 +14,9 @@ from colocc.passes.graph import Graph
 from tests.harness import run_threads
 from tests.plain import (
     LAYOUTS,
-    ORDERS,
     Model,
     batch,
     contains,
-    layouts_of,
     model,
     refused,
 )
@@ -182,3 +180,9 @@ def test_the_graph_of_all_ranks_is_left_as_it_is() -> None:
     assert isinstance(program.graph, Graph)
     run_threads(8, lambda _: colocc.compile(model(), LAYOUTS, example_inputs=batch()).destroy())
     assert str(program) == str(colocc.compile(model(), LAYOUTS, example_inputs=batch()))
+
+
+@pytest.mark.parametrize("ranks_per_node", [0, -1, 2.0, True])
+def test_ranks_per_node_that_is_no_number_of_ranks(ranks_per_node: Any) -> None:
+    text = refused(8, compiling(LAYOUTS, ranks_per_node=ranks_per_node))
+    contains(text, f"ranks_per_node is {ranks_per_node!r}: give an integer of at least 1")

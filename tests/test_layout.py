@@ -35,7 +35,7 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def sizes_of(ranks: int) -> Iterator[dict[str, int]]:
+def sizes_of(ranks: int) -> Iterator[dict[str, Any]]:
     for tp, cp, pp in itertools.product(divisors(ranks), repeat=3):
         if ranks % (tp * cp * pp) == 0:
             yield {"tp": tp, "cp": cp, "pp": pp, "dp": ranks // (tp * cp * pp)}
@@ -125,7 +125,7 @@ def test_refused_exactly_where_megatron_finds_two_kinds_of_pipeline() -> None:
 @pytest.mark.parametrize("order", ["tp-cp-dp-pp", "tp-cp-pp-dp", "pp-dp-tp-cp"])
 def test_from_grid(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "16")
-    sizes = {"tp": 2, "cp": 2, "pp": 2, "dp": 2}
+    sizes: dict[str, Any] = {"tp": 2, "cp": 2, "pp": 2, "dp": 2}
     names = order.split("-")
     grid = HyperCommGrid([sizes[name] for name in names], names)
     layout = Layout.from_grid(grid)
@@ -184,7 +184,7 @@ def test_from_mesh_refuses(ranks: Any, names: tuple[str, ...] | None, text: str)
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    sizes = {axis: draw(st.integers(1, 6)) for axis in DENSE}
+    sizes: dict[str, Any] = {axis: draw(st.integers(1, 6)) for axis in DENSE}
     ep = draw(st.sampled_from(divisors(sizes["cp"] * sizes["dp"])))
     order = draw(st.sampled_from([o for o in ORDERS if o.endswith("pp")] if ep > 1 else ORDERS))
     return Layout(**sizes, ep=ep, order=order)

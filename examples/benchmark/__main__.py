@@ -8,37 +8,54 @@ import argparse
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from examples.benchmark import report
 from examples.benchmark.cases import SETS, Case
 
-# One hardware queue, as Megatron wants it to overlap communication; segments that can grow.
+# Segments that can grow.
 SETTINGS = {
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
 }
+# One hardware queue, as Megatron wants it to overlap communication; messages that wait for each
+# other, as filled sends them, would deadlock in it.
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+# How long the peers of a failed rank have to say what they saw.
+GRACE = 2.0
 Failed = dict[str, dict[str, str]]
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.results:
+        lines = [line for path in options.results for line in path.read_text().splitlines()]
+        return write([json.loads(line) for line in lines], options)
     cases = [case for name in options.sets for case in SETS[name]]
     if options.arms:
         cases = [replace(case, arms=tuple(options.arms)) for case in cases]
     if options.cases:
         cases = [cases[index] for index in options.cases]
-    results = measure(cases, options)
+    return write(measure(cases, options), options)
+
+
+def write(results: list[report.Result], options: argparse.Namespace) -> int:
+    """Write the files; return 1 if arms differ in loss or norm, which is printed."""
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
     (options.out / "results.md").write_text(report.markdown(results))
     report.plot(results, options.out / "steps.png")
+    if options.page is not None:
+        options.page.write_text(report.page(results))
     sys.stdout.write(report.markdown(results))
     tolerance = 2e-2 if torch.cuda.is_available() else 1e-5
     problems = [line for result in results for line in report.differing(result, tolerance)]
@@ -49,17 +66,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.benchmark", description=__doc__)
-    parser.add_argument("sets", nargs="+", choices=list(SETS))
+    parser.add_argument("sets", nargs="*", metavar="set", help=", ".join(SETS))
+    parser.add_argument("--page", type=Path, help="write the results there too, as RESULTS.md")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", help="run nothing: only write what these lines say"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
     parser.add_argument("--cases", type=int, nargs="*", help="only these, by place in the sets")
     parser.add_argument("--arms", nargs="*", help="instead of those of the cases")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of steps in a case; 3 of each arm are run"
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--overlap", action="store_true", help="DDP's overlap_grad_reduce")
     parser.add_argument("--profile", action="store_true", help="a step of each arm, profiled")
     parser.add_argument("--eager", action="store_true", help="init_process_group(device_id=...)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.sets if name not in SETS]:
+        parser.error(f"no such set: {', '.join(unknown)}; there are {', '.join(SETS)}")
+    if not options.sets and not options.results:
+        parser.error("give a set of cases, or --results")
+    return options
 
 
 def measure(cases: list[Case], options: argparse.Namespace) -> list[report.Result]:
@@ -99,20 +128,49 @@ def run(cases: list[Case], options: argparse.Namespace) -> str | None:
         "steps": options.steps,
         "warmup": options.warmup,
         "overlap": options.overlap,
+        "seconds": options.seconds,
         "eager": options.eager,
         "profile": options.profile,
     }
     path = options.out / "plan.json"
     path.write_text(json.dumps(plan))
     (options.out / "arm.txt").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={options.ranks}", "-m", "examples.benchmark.worker", str(path)]
     log = options.out / "ranks.log"
     with log.open("w") as file:
-        code = subprocess.run(
-            command, stdout=file, stderr=file, check=False, env=SETTINGS | os.environ
-        ).returncode
+        command = [sys.executable, "-m", "examples.benchmark.worker", str(path)]
+        filled = any(arm.startswith("filled") for case in cases for arm in case.arms)
+        settings = SETTINGS | ({} if filled else ONE_QUEUE)
+        code = launch(command, options.ranks, file, settings)
     return None if code == 0 else reason_of(log.read_text(), code)
+
+
+def launch(command: list[str], ranks: int, log: IO[str], settings: dict[str, str]) -> int:
+    """Run ``command`` on every rank; return 0, or what the first rank to fail exits with.
+
+    One rank's failure ends the others, which would wait for it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    started = []
+    for rank in range(ranks):
+        place = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env = settings | os.environ | place
+        started.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
+    try:
+        while True:
+            codes = [process.poll() for process in started]
+            if failed := next((code for code in codes if code), None):
+                time.sleep(GRACE)
+                return failed
+            if None not in codes:
+                return 0
+            time.sleep(0.1)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def reason_of(text: str, code: int) -> str:

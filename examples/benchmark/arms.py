@@ -238,6 +238,7 @@ class LanguageOnly(_Part):
         (batches,) = self.chunks
         encoded = Encoded(self.program.cut, self.whole)
         encoded.cut(len(batches.microbatches))
+        self.program.look_ahead(batches)
 
         def forward_step(indices: Iterator[int], stage: Any) -> tuple[Any, Any]:
             index = next(indices)

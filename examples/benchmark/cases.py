@@ -116,7 +116,7 @@ class Case:
 
 ALONE = ("language_only", "encoder_only")
 AHEAD = ("lookahead=1", "lookahead=2", "three_phase")
-PIPELINED = ("three_phase", *ALONE)
+PIPELINED = ("three_phase", "filled", *ALONE)
 SMALL, LARGE = "0.3B + 2.7B", "2.0B + 1.3B"
 
 
@@ -125,17 +125,24 @@ def _pp1(model: str, images: str, language: str, batch: int = 16) -> Case:
 
 
 def _pp2(model: str, batch: int, microbatches: int) -> Case:
-    """With the encoder inside the first stage beside half of the layers, and balanced."""
+    """With filled in every number of portions, and the encoder inside the first stage beside half
+    of the layers, and balanced."""
     sizes = MODELS[model]
     counts = (sizes.language.layers // 2, sizes.layers_beside_the_encoder())
     inside = tuple(f"first_stage={count}" for count in counts)
-    return Case(model, "tp1 dp2", "tp1 pp2", batch, microbatches, (*PIPELINED, *inside))
+    filled = tuple(f"filled={count}" for count in range(1, 1 + batch // microbatches))
+    arms = ("three_phase", *filled, *ALONE, *inside)
+    return Case(model, "tp1 dp2", "tp1 pp2", batch, microbatches, arms)
+
+
+def _held(model: str, batch: int, microbatches: int, *arms: str) -> Case:
+    return Case(model, "tp1 dp2", "tp1 pp2", batch, microbatches, arms)
 
 
 SETS: dict[str, tuple[Case, ...]] = {
     "tiny": (
         Case("tiny", "tp1 dp2", "tp2", 8, 4, ("megatron", *AHEAD, *ALONE)),
-        Case("tiny", "tp1 dp2", "tp1 pp2", 8, 4, ("three_phase", *ALONE, "first_stage=1")),
+        Case("tiny", "tp1 dp2", "tp1 pp2", 8, 4, (*PIPELINED, "first_stage=1")),
     ),
     "pp1": (
         _pp1(LARGE, "tp1 dp2", "tp2", batch=8),
@@ -146,12 +153,18 @@ SETS: dict[str, tuple[Case, ...]] = {
         _pp1(SMALL, "tp2", "tp1 dp2"),
         _pp1(SMALL, "tp1 dp2", "tp1 dp2"),
     ),
-    "pp2": (_pp2(LARGE, 8, 4), _pp2(LARGE, 8, 8), _pp2(SMALL, 8, 4), _pp2(SMALL, 16, 8)),
+    "pp2": (_pp2(LARGE, 8, 4), _pp2(SMALL, 8, 4), _pp2(LARGE, 8, 8), _pp2(SMALL, 16, 8)),
+    # Where three_phase ran out of memory.
+    "held": (
+        _held(LARGE, 16, 4, "filled=4,3"),
+        _held(LARGE, 16, 8, "filled"),
+        _held(SMALL, 16, 4, "filled"),
+    ),
     "memory": tuple(
-        Case(LARGE, images, language, 2 * count, count, arms)
-        for images, language, arms in (
-            ("tp1 dp2", "tp2", ("megatron", "lookahead=1", "three_phase")),
-            ("tp1 dp2", "tp1 pp2", ("three_phase",)),
+        Case(LARGE, "tp1 dp2", language, 2 * count, count, arms if count == 4 else arms[1:])
+        for language, arms in (
+            ("tp1 pp2", ("three_phase", "filled")),
+            ("tp2", ("three_phase", "megatron", "lookahead=1")),
         )
         for count in (4, 8, 16, 32)
     ),

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 
 from examples.benchmark.cases import Case
+from examples.benchmark.predicted import table as predicted
 
 mpl.use("Agg")
 from matplotlib import pyplot
@@ -132,6 +133,33 @@ def markdown(results: list[Result]) -> str:
     return "\n\n".join(table(result) for result in results) + "\n"
 
 
+PAGE = """# Results
+
+Written by `python -m examples.benchmark {sets}--page RESULTS.md` (see `examples/benchmark`).
+
+## Measured
+
+Every arm of a case runs on the same weights, data and process groups; arms take turns, a step each.
+A step is gradients to zero, forward, backward and optimizer, on all ranks; the table has the median
+and half of what the middle half of the steps spans. FLOPs count 6 for each weight and token, and
+12 * hidden * length^2 for each layer and sample of attention. T* is what the encoder and the
+language module take alone, with the encoder in the pipeline's bubbles as far as it fits.
+
+{measured}
+## Predicted
+
+Lengths of a step as multiples of the language model's own work, by `passes/timeline.py`; encoders
+run in two portions for each stage and microbatch.
+
+{predicted}"""
+
+
+def page(results: list[Result]) -> str:
+    """RESULTS.md: what was measured, and what filled should gain on larger pipelines."""
+    measured = markdown(results) if results else "Nothing yet.\n"
+    return PAGE.format(sets="... " if results else "", measured=measured, predicted=predicted())
+
+
 def plot(results: list[Result], path: Path) -> None:
     """A PNG with a bar for the median step of every arm, T* as a line."""
     heights = [max(2, len(result["arms"])) for result in results]
@@ -149,7 +177,7 @@ def plot(results: list[Result], path: Path) -> None:
         spread = [_half_spread(result["arms"][arm].get("seconds", [])) for arm in arms]
         bars = axis.barh(arms, seconds, xerr=spread, color="#4c78a8", height=0.7)
         labels = [
-            f"{value:.3f} s" if value else result["arms"][arm]["failed"]
+            f"{value:.3f} s" if value else result["arms"][arm]["failed"][:40]
             for arm, value in zip(arms, seconds, strict=True)
         ]
         axis.bar_label(bars, labels, padding=4, fontsize=8)

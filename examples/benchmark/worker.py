@@ -1,5 +1,6 @@
 """One rank of the benchmark: runs the cases of a plan and writes a line of JSON for each."""
 
+import gc
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from torch.distributed import distributed_c10d
 from colocc.runtime import cpu
 from examples.benchmark.arms import Arm, family, loss_per_token, opened
 from examples.benchmark.cases import Case
+from examples.benchmark.multi_tensor import use_multi_tensor
 from examples.benchmark.profiled import profiled
 
 GIB = 1 << 30
@@ -28,6 +30,7 @@ def ranks(local: int, *, eager: bool) -> Iterator[None]:
 
     ``eager`` opens every communicator when its group is made, as device_id does.
     """
+    use_multi_tensor()
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
         device = torch.device("cuda", local) if eager else None
@@ -77,20 +80,8 @@ def run_case(case: Case, plan: dict[str, Any], note: Callable[[str], object]) ->
     found: dict[str, Any] = {}
     for _, group in itertools.groupby(case.arms, family):
         names = list(group)
-        clock = Clock(note)
-        with opened(case, names, dtype, plan["overlap"], note) as arms:
-            collection = _collection(arms)
-            for turn in range(plan["warmup"] + plan["steps"]):
-                for name, arm in arms.items():
-                    clock.run(name, arm, counts=turn >= plan["warmup"])
-            outside, communicators = _outside(), _communicators()
-            for name in names:
-                found[name] = _measured(clock, name, collection) | {
-                    "outside_gib": outside,
-                    "communicators": communicators,
-                }
-                if plan["profile"]:
-                    found[name] |= profiled(arms[name])
+        found |= _run_family(case, names, plan, dtype, note)
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return {
@@ -99,6 +90,57 @@ def run_case(case: Case, plan: dict[str, Any], note: Callable[[str], object]) ->
         "device": _device(),
         "world": dist.get_world_size(),
     }
+
+
+def _run_family(
+    case: Case,
+    names: list[str],
+    plan: dict[str, Any],
+    dtype: torch.dtype,
+    note: Callable[[str], object],
+) -> dict[str, Any]:
+    """The arms that share a model, which is gone when this returns."""
+    clock, found = Clock(note), {}
+    start = time.perf_counter()
+    with opened(case, names, dtype, plan["overlap"], note) as arms, _collected_apart():
+        collection, built = _collection(arms), time.perf_counter() - start
+        ends = time.perf_counter() + plan["seconds"] * len(names) / len(case.arms)
+        for turn in range(plan["warmup"] + plan["steps"]):
+            if turn >= plan["warmup"] + 3 and _agree(time.perf_counter() > ends):
+                break
+            gc.collect()
+            for name, arm in arms.items():
+                clock.run(name, arm, counts=turn >= plan["warmup"])
+        outside, communicators = _outside(), _communicators()
+        for name in names:
+            found[name] = _measured(clock, name, collection) | {
+                "outside_gib": outside,
+                "communicators": communicators,
+                "built_seconds": built,
+            }
+            if plan["profile"]:
+                found[name] |= profiled(arms[name])
+    return found
+
+
+@contextmanager
+def _collected_apart() -> Iterator[None]:
+    """Inside, Python collects garbage only when told to, and never looks at the models."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def _agree(question: bool) -> bool:
+    """Whether any rank says so."""
+    answer = torch.tensor([question], dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(answer, dist.ReduceOp.MAX)
+    return bool(answer.item())
 
 
 def _collection(arms: dict[str, Arm]) -> Any:

@@ -16,10 +16,10 @@ Backward    Readers are in classes: one for each coordinate on ``dst.partial``, 
             summand of each class: not zero, not one for every tp rank. That is the transpose of F
             with one reader of each class, which the gradient of the global tensor is.
 Frugality   A rank keeps the cells that it has, and takes what it lacks once: what it receives is
-            what it needs less what it has. Between two steps it holds no more than it uses. It takes
-            cells from the holder of its own lane, the one with its own coordinates on all axes over
-            which the value is replicated (of another lane only where only that is on its node). So
-            replicas share the load.
+            what it needs less what it has. Between two steps it holds no more than it uses. It
+            takes cells from the holder of its own lane, the one with its own coordinates on all
+            axes over which the value is replicated (of another lane only where only that is on its
+            node). So replicas share the load.
 Collectives Groups are ascending, disjoint, in order, and no larger than the exchange; nothing is
             sent outside; a step is of the kind that it is called, and changes something. A plan is
             one list of steps for all ranks and holds no data, so every rank issues the same

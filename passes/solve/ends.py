@@ -153,8 +153,8 @@ class End:
 
     Rank r holds the pieces of box ``place[r]``, nothing where that is -1. Piece i belongs to the
     box ``owner[i]`` and reaches from ``low[i]`` to ``high[i]``; pieces come by owner. Of the
-    gradient, rank r has summand ``summand[r]`` of ``summands``. ``lane[r]`` is how many ranks r lies
-    behind the one that has coordinate 0 on all axes over which the value is replicated.
+    gradient, rank r has summand ``summand[r]`` of ``summands``. ``lane[r]`` is how many ranks r
+    lies behind the one that has coordinate 0 on all axes over which the value is replicated.
 
     Shapes: place, summand, lane [ranks]; owner [pieces]; low, high [pieces, dims].
     """

@@ -10,6 +10,10 @@ What is cut depends on the edge, so each pair counts for all of these that diffe
 whole       the value is whole on every rank; readers on cp ranks have summands of its gradient
 sequence    both ends cut the sequence as their layouts say; at least one does
 positions   the source cuts rows, the reader positions; both do (where one does, it is sequence)
+
+Which samples a slot holds is one choice for all edges of a module. Where both layouts cut the
+sequence, that choice depends on the cuts, also for a value that is whole; so of whole values each
+choice counts.
 """
 
 from __future__ import annotations
@@ -17,12 +21,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import permutations
+from itertools import permutations, product
 
 from colocc.errors import VerifyError
 from colocc.layout import DEFAULT_ORDER, Layout
 from colocc.passes.solve.check import check
 from colocc.passes.solve.plan import Plan
+from colocc.passes.solve.slots import slots_of
 from colocc.passes.solve.solver import solve
 
 AXES = ("tp", "cp", "pp", "dp")
@@ -32,6 +37,8 @@ DIMS = {
     "sequence": ("sample", "sequence"),
     "positions": ("sample", "row", "position"),
 }
+LEAST = {"whole": 0, "sequence": 1, "positions": 2}
+"""How many ends must cut for an edge to be one of its kind."""
 Pair = tuple[Layout, Layout, str]
 """Source, reader, and what is cut."""
 Shape = tuple[tuple[str, int], ...]
@@ -92,25 +99,54 @@ def shape(layout: Layout, cut: str, *, reads: bool) -> Shape:
 def pairs(
     world: int, axes: tuple[str, ...] = AXES, orders: Iterable[str] | None = None
 ) -> list[Pair]:
-    """Every pair of ``world`` ranks, of alike ones the first."""
-    sources = layouts(world, tuple(axis for axis in axes if axis != "pp"), orders)
-    readers = layouts(world, axes, orders)
-    found: list[Pair] = []
-    for cut in DIMS:
-        ends = [
-            {shape(layout, cut, reads=reads): layout for layout in reversed(side)}
-            for side, reads in ((sources, False), (readers, True))
-        ]
-        for left, src in ends[0].items():
-            for right, dst in ends[1].items():
-                cutting = _cuts(left) + _cuts(right)
-                if cut == "whole" or cutting > (cut == "positions"):
-                    found.append((src, dst, cut))
-    return found
+    """Every pair of ``world`` ranks, of alike ones the first.
+
+    Pairs of whole values between two layouts that cut the sequence are all there, though most are
+    alike (``is_another``).
+    """
+    sources = _shaped(world, tuple(axis for axis in axes if axis != "pp"), orders, reads=False)
+    readers = _shaped(world, axes, orders, reads=True)
+    found: dict[object, Pair] = {}
+    # Plain layouts come first, so that a plain one stands for all that are alike (is_another).
+    for (src, left), (dst, right) in sorted(product(sources, readers), key=_flags):
+        cutting = _cuts(src) + _cuts(dst)
+        for cut in DIMS:
+            key: tuple[object, ...] = (cut, left[cut], right[cut])
+            if cut == "whole" and cutting == 2:
+                key = (*key, left["sequence"], right["sequence"])
+            if cutting >= LEAST[cut]:
+                found.setdefault(key, (src, dst, cut))
+    return list(found.values())
 
 
-def _cuts(found: Shape) -> int:
-    return int(any(role in ("outer", "inner", "folds") for role, _ in found))
+Shaped = tuple[Layout, dict[str, Shape]]
+
+
+def _shaped(
+    world: int, axes: tuple[str, ...], orders: Iterable[str] | None, *, reads: bool
+) -> list[Shaped]:
+    return [
+        (layout, {cut: shape(layout, cut, reads=reads) for cut in DIMS})
+        for layout in layouts(world, axes, orders)
+    ]
+
+
+def _flags(pair: tuple[Shaped, Shaped]) -> int:
+    (src, _), (dst, _) = pair
+    return src.sp + src.zigzag + dst.sp + dst.zigzag
+
+
+def _cuts(layout: Layout) -> bool:
+    return layout.cp > 1 or layout.sp
+
+
+def is_another(pair: Pair) -> bool:
+    """Whether a pair is not the same problem as that of its layouts without their cuts."""
+    src, dst, cut = pair
+    plain = [replace(layout, sp=False, zigzag=False) for layout in (src, dst)]
+    if cut != "whole" or not (_cuts(src) and _cuts(dst)) or [src, dst] == plain:
+        return True
+    return slots_of(src, dst) != slots_of(*plain)
 
 
 def written(world: int, axes: tuple[str, ...] = AXES, orders: Iterable[str] | None = None) -> int:

@@ -18,8 +18,6 @@ from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from colocc.errors import VerifyError
 from colocc.passes.solve.ends import End, Ints
@@ -214,7 +212,7 @@ def _check_moves(step: Step, group: Ints, grid: tuple[int, ...]) -> None:
 def _check_connection(step: Step, group: Ints) -> None:
     moves = step.moves
     other = moves.src != moves.dst
-    src, dst = moves.src[other], moves.dst[other]
+    src, dst = (ranks[other].astype(np.int64) for ranks in (moves.src, moves.dst))
     if step.kind == "narrow":
         if len(src):
             raise VerifyError(f"a narrow moves cells from rank {src[0]} to rank {dst[0]}")
@@ -225,19 +223,32 @@ def _check_connection(step: Step, group: Ints) -> None:
     if len(stray):
         first = int(np.flatnonzero(other)[stray[0]])
         raise VerifyError(f"{_text(moves, first)} leaves its group")
-    edges = coo_array((np.ones(len(src)), (src, dst)), shape=(len(group), len(group)))
-    count, part = connected_components(edges, directed=False)
-    # Moves stay inside groups, so groups are their components if there are as many.
-    if count != len(group) - np.count_nonzero(group >= 0) + group.max() + 1:
-        for number, members in enumerate(step.groups):
-            if len(np.unique(part[group == number])) > 1:
-                raise VerifyError(f"group {list(members)} holds ranks that exchange nothing")
+    leader = _leaders(src, dst, len(group))
+    # Moves stay inside groups: a group is no larger than its exchange if all have one leader.
+    members = np.flatnonzero(group >= 0)
+    first = np.array([ranks[0] for ranks in step.groups])[group[members]]
+    apart = np.flatnonzero(leader[members] != first)
+    if len(apart):
+        ranks = list(step.groups[int(group[members[apart[0]]])])
+        raise VerifyError(f"group {ranks} holds ranks that exchange nothing")
     if step.kind == "send_recv":
         pairs = np.unique(np.stack([src, dst]), axis=1)
         for side, verb in zip(pairs, ("sends to", "receives from"), strict=True):
             if len(np.unique(side)) != len(side):
                 rank = side[np.flatnonzero(np.diff(np.sort(side)) == 0)[0]]
                 raise VerifyError(f"in a send_recv rank {rank} {verb} more than one other")
+
+
+def _leaders(src: Ints, dst: Ints, world: int) -> Ints:
+    """The lowest rank that each rank exchanges anything with, directly or over others."""
+    leader = np.arange(world)
+    while True:
+        low = np.minimum(leader[src], leader[dst])
+        if np.array_equal(low, leader[src]) and np.array_equal(low, leader[dst]):
+            return leader
+        np.minimum.at(leader, src, low)
+        np.minimum.at(leader, dst, low)
+        leader = leader[leader]
 
 
 def _text(moves: Moves, index: int) -> str:

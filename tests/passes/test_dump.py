@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from expecttest import assert_expected_inline
 
 from colocc.layout import Layout
 from colocc.passes.dump import dot, human, page, ranks
-from tests.passes.kit import pair_graph, trio_graph
+from colocc.passes.graph import Graph
+from tests.passes.kit import PAIR_BATCH, Pair, graph_of, pair_graph, trio_graph
 
 
 def test_two_encoders_and_a_pipeline() -> None:
@@ -88,6 +90,86 @@ guard   images.shape[2] == 16   vision takes no other
 moved   fwd 320 B, bwd 0 B per receiving rank for a batch of 8, 1 collective per step
 bound   fwd 320 B, bwd 0 B
 """,
+    )
+
+
+def cut_graph() -> Graph:
+    """dp 3:2 on 12 ranks, and a sequence that the reader cuts over cp and tp."""
+    layouts = {
+        "vision": Layout(tp=4, dp=3),
+        "language": Layout(tp=3, cp=2, dp=2, sp=True, zigzag=True),
+    }
+    batch = {"images": torch.zeros(12, 24, 16)}
+    return graph_of(Pair(), layouts, batch, sequence_dims={"vision": 1})
+
+
+def test_a_cut_sequence_and_dp_that_do_not_divide() -> None:
+    assert_expected_inline(
+        page(cut_graph()),
+        """\
+graph Pair    world 12    after 4/5 phases
+
+layouts
+  vision     tp4 dp3                 tp = r%4   dp = r//4
+  language   tp3 cp2 dp2 sp zigzag   tp = r%3   cp = r//3%2   dp = r//6
+
+phase 1  encode           all ranks, all samples of the step at once
+  %images            f32[12@dp,24,16]        vision     [4,24,16]   input(images)
+  %vision            f32[12@dp,24,8]         vision     [4,24,8]    vision(%images)
++ %vision_language   f32[12@dp,24@tp@cp,8]   language   [6,4,8]     redistribute(%vision)
++   fan_in 3:2   vision tp4 dp3 -> language tp3 cp2 dp2 sp zigzag
++   where vision.dp = r//4, language.dp = r//6
++   where language holds part r%3 of 3 of chunks c and 3-c of 4, c = r//3%2
++   fwd   all_to_all(dims=0,1)   512 B      [0,4,8] [1,5,9] [2,6,10] [3,7,11]
++   bwd   all_to_all(dims=0,1)   2.75 KiB   [0,1,2,3,4,5,6,7,8,9,10,11]
++   bwd   scale x3/4                        vision mean, language mean over dp and cp
++   at    passes/kit.py:36 x = self.vision(images)
+
+phase 2  language         by microbatch
+  %language   f32[12@dp,24,8]   language   [6,24,8]   language(%vision_language)
+  return %language
+
+phase 3  encode backward  vision, all samples at once; then finalise once
+
+moved   fwd 512 B, bwd 2.75 KiB per receiving rank for a batch of 12, 2 collectives per step
+bound   fwd 512 B, bwd 2.75 KiB
+""",
+    )
+
+
+def test_ranks_of_a_cut_sequence() -> None:
+    layouts = {"vision": Layout(dp=4), "language": Layout(cp=2, dp=2, zigzag=True)}
+    batch = {"images": torch.zeros(4, 8, 16)}
+    graph = graph_of(Pair(), layouts, batch, sequence_dims={"vision": 1})
+    assert_expected_inline(
+        ranks(graph, "vision_language"),
+        """\
+%vision_language  fan_in  parts of 4 of the step's samples held by each rank, 4 of the sequence
+rank                0         1     2         3
+vision              0:1       1:2   2:3       3:4
+vision sequence     0:4       0:4   0:4       0:4
+language            0:2       0:2   2:4       2:4
+language sequence   0:1,3:4   1:3   0:1,3:4   1:3
+""",
+    )
+
+
+def test_gradients_that_are_added() -> None:
+    layout = Layout(tp=2, cp=2, dp=2)
+    graph = graph_of(Pair(), {"vision": layout, "language": layout}, PAIR_BATCH)
+    lines = [line for line in page(graph).splitlines() if line.startswith(("+", "moved", "bound"))]
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
++ %vision_language   f32[8@dp,5,8]    language   [4,5,8]    redistribute(%vision)
++   equal   vision tp2 cp2 dp2 -> language tp2 cp2 dp2   where language.dp = vision.dp
++   fwd   as it is                 0 B     local
++   bwd   all_reduce(dim=0, sum)   640 B   [0,2] [1,3] [4,6] [5,7]
++   bwd   scale x1/2                       vision mean, language mean over dp and cp
++   bwd   at the bound; every cell has 2 summands, one on each cp rank
++   at    passes/kit.py:36 x = self.vision(images)
+moved   fwd 0 B, bwd 640 B per receiving rank for a batch of 8, 1 collective per step
+bound   fwd 0 B, bwd 640 B""",
     )
 
 

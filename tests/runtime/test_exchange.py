@@ -39,7 +39,8 @@ def test_all_to_all_with_splits(own: bool) -> None:
     for me, rank in enumerate(MEMBERS):
         senders = [i for i in range(3) if own or i != me]
         wanted = torch.cat([code(i, me, amount(i, me)) for i in senders])
-        assert torch.equal(found[rank], wanted)
+        got = found[rank]
+        assert got is not None and torch.equal(got, wanted)
     assert found[1] is None
 
 

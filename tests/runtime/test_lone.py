@@ -315,3 +315,20 @@ def test_torch_ddp_over_one_rank() -> None:
         )
 
     assert all(alone(work))
+
+
+def test_a_world_that_is_bound_to_a_device() -> None:
+    # As init_process_group(device_id=...) binds it: torch then opens what it can split ahead.
+    def main(rank: int) -> tuple[Any, Tensor]:
+        world: Any = dist.group.WORLD
+        world.bound_device_id = torch.device("cuda:0")
+        group: Any = open_lone(timedelta(seconds=20))
+        value = code(rank)
+        dist.all_reduce(value, group=group)
+        size = dist.get_world_size(group)
+        dist.destroy_process_group(group)
+        return size, value
+
+    for rank, (size, value) in enumerate(run_threads(WORLD, main, timeout=30)):
+        assert size == 1
+        assert torch.equal(value, code(rank))

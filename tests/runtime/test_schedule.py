@@ -2,11 +2,13 @@
 oracle."""
 
 import contextlib
+import warnings
 from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import colocc
 from colocc import Layout, LayoutError
@@ -179,7 +181,13 @@ def check(
         counts,
         layouts["language"].dp,
         encoders(layouts),
-        tuple(sorted((name, value) for name, value in options.items() if name != "overlap")),
+        tuple(
+            sorted(
+                (name, value)
+                for name, value in options.items()
+                if name not in ("overlap", "recompute")
+            )
+        ),
     )
     for index, (count, run) in enumerate(zip(counts, wanted, strict=True)):
         seen = [rank[index] for rank in ranks]
@@ -326,7 +334,9 @@ def test_a_chunk_that_cannot_be_cut_is_refused(processes: ProcessPool) -> None:
         assert text.startswith("schedule lookahead=2: a step of 1 microbatches of 6 = 6 samples")
 
 
-@pytest.mark.parametrize("text", ["fast", "lookahead", "lookahead=0", "lookahead=x", "three"])
+@pytest.mark.parametrize(
+    "text", ["fast", "lookahead", "lookahead=0", "lookahead=x", "three", "filled=0", "filled=1,"]
+)
 def test_unknown_schedules(text: str) -> None:
     with pytest.raises(LayoutError, match="write schedule='three_phase', or 'lookahead=2'"):
         Schedule.parse(text, ("language", Layout()))
@@ -346,6 +356,34 @@ def test_mean_losses(
 ) -> None:
     layouts = layouts_of((4, 2), language, ORDERS[0])
     check(processes, reference, layouts, (3,), per_token=False)
+
+
+@pytest.mark.parametrize("schedule", ["three_phase", "filled"])
+def test_recomputed_encoder(processes: ProcessPool, reference: Oracle, schedule: str) -> None:
+    layouts = layouts_of((1, 2), (1, 2, 1), ORDERS[0])
+    check(processes, reference, layouts, (3,), schedule=schedule, recompute=True)
+
+
+def lost_on_rank(_: int, layouts: dict[str, Layout]) -> str:
+    """An encoder that is recomputed from pixels, which require no grad, by torch's old way."""
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts)
+        encoder: Any = model.modality_submodules["images"]
+        vit = encoder.module.encoders["vit"]
+        forward = vit.forward
+        vit.forward = lambda x: checkpoint(forward, x, use_reentrant=True)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            colocc.compile(model, layouts, groups=groups) as program,
+            pytest.raises(LayoutError, match="images has parameters to train, and its output"),
+        ):
+            program.forward_backward(batches(2), num_microbatches=2, loss_func=mimo.loss_func)
+    return "refused"
+
+
+def test_recomputation_that_loses_gradients_is_refused(processes: ProcessPool) -> None:
+    layouts = layouts_of((1, 2), (2, 1, 1), ORDERS[0])
+    assert processes.run(2, partial(lost_on_rank, layouts=layouts)) == ["refused"] * 2
 
 
 def test_tied_embeddings(processes: ProcessPool, reference: Oracle) -> None:

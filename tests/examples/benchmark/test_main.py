@@ -1,6 +1,7 @@
 """Covers examples/benchmark: the command on CPU ranks, every arm of the tiny cases, and failure."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,29 @@ def test_reasons() -> None:
     assert reason_of(f"{peer}\n{own}\nChildFailedError: \n", 1) == own
     assert reason_of("torch.OutOfMemoryError: CUDA out of memory", 1) == "out of memory"
     assert reason_of("", -9) == "exit code -9"
+
+
+def test_results_of_several_runs_are_written_together(tmp_path: Path) -> None:
+    case = replace(SETS["tiny"][0], arms=("three_phase",))
+    arm = {
+        "seconds": [1.0],
+        "peak_gib": 1.0,
+        "outside_gib": 1.0,
+        "communicators": 2,
+        "loss": 1.0,
+        "norm": 1.0,
+    }
+    case_line = {"case": case.to_json(), "arms": {"three_phase": arm}}
+    line = json.loads(json.dumps(case_line | {"device": "CPU", "world": 2}))
+    files = [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
+    for file in files:
+        file.write_text(json.dumps(line) + "\n")
+    out = tmp_path / "out"
+    assert main(["--results", *map(str, files), "--out", str(out)]) == 0
+    assert json.loads((out / "results.json").read_text()) == [line, line]
+
+
+@pytest.mark.parametrize("arguments", [[], ["huge"]])
+def test_a_set_must_be_known(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)

@@ -74,3 +74,12 @@ def test_table_and_plot(tmp_path: Path) -> None:
     assert "T* = 3.000 s" in text
     report.plot([shown, result(broken={"failed": "out of memory"})], tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_has_what_was_measured_and_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "predicted", lambda: "| stages |\n")
+    measured = result(one=arm(1.0))
+    text = report.page([measured])
+    assert report.markdown([measured]) in text
+    assert text.endswith("| stages |\n")
+    assert "Nothing yet." in report.page([])

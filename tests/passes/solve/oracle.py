@@ -8,7 +8,6 @@ of its own, so that a missing or a doubled one shows.
 from __future__ import annotations
 
 from itertools import product
-from math import prod
 
 from colocc.layout import Layout
 from colocc.passes.solve.plan import Holding, Plan, Step
@@ -33,7 +32,7 @@ def count_ranks(layout: Layout) -> list[dict[str, int]]:
 def deal(length: int, layout: Layout, place: dict[str, int]) -> list[int]:
     """The elements of a sequence that the rank at ``place`` holds."""
     cards = list(range(length))
-    if layout.zigzag:
+    if layout.zigzag and layout.cp > 1:
         piles = split(cards, 2 * layout.cp)
         cards = piles[place["cp"]] + piles[2 * layout.cp - 1 - place["cp"]]
     else:
@@ -60,7 +59,7 @@ def held_by_definition(plan: Plan, side: int) -> list[frozenset[int]]:
         for dim, length in zip(plan.dims[1:], plan.grid[1:], strict=True):
             whole = list(range(length))
             lists.append(deal(length, layout, place) if CUTS[dim][side] else whole)
-        found.append(frozenset(map(lambda at: cell(plan, at), product(*lists))))
+        found.append(frozenset(cell(plan, at) for at in product(*lists)))
     return found
 
 
@@ -122,9 +121,7 @@ def agrees_with_brute_force(plan: Plan, *, in_order: bool = True) -> None:
         assert sorted(unit for slot in slots for unit in slot) == list(range(plan.grid[0]))
         assert {len(slot) for slot in slots} == {plan.grid[0] // holding.layout.dp}
     if in_order:
-        share = plan.grid[0] // plan.dst.layout.dp
         assert units(plan, plan.dst) == split(list(range(plan.grid[0])), plan.dst.layout.dp)
-        assert share
     got = run(plan, plan.forward, [dict.fromkeys(mine, 1) for mine in have])
     assert got[0] == [dict.fromkeys(mine, 1) for mine in need]
     least = [len(want - mine) for want, mine in zip(need, have, strict=True)]
@@ -167,7 +164,3 @@ def kept(plan: Plan) -> int:
     """The cells that the ranks have of what they need, in all."""
     sides = zip(held_by_definition(plan, 0), held_by_definition(plan, 1), strict=True)
     return sum(len(have & need) for have, need in sides)
-
-
-def cells(plan: Plan) -> int:
-    return prod(plan.grid)

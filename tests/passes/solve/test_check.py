@@ -153,7 +153,7 @@ def test_samples_are_in_the_order_of_the_sink() -> None:
     plan = solve(("images", src), ("fusion", dst), sink=sink)
     check(plan, sink=sink)
     # The fusion module holds what suits the language module, which is no order of its own.
-    with pytest.raises(VerifyError, match="fusion .* orders the samples"):
+    with pytest.raises(VerifyError, match=r"fusion .* orders the samples"):
         check(plan)
 
 

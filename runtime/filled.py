@@ -1,0 +1,443 @@
+"""The encoders' work inside the bubbles of the language pipeline.
+
+``passes.timeline.fill`` gives every stage one list of tasks; the language tasks among them are
+Megatron's 1F1B, the others run between these (runtime/pipeline.py). Embeddings go to the first
+stage portion by portion, and their gradients back, as messages between pairs of ranks.
+
+No order of arrival can deadlock. Every rank runs the tasks of its stage in the order of the
+timeline, a send never waits, and a task waits for its own inputs alone: so the task that starts
+first in the timeline, of all that have not run, can always run. Ranks of one stage, which meet in
+collectives, run the same list. For this the messages of a kind and direction have a group of their
+own: between two ranks, sends and receives in one group wait for each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+
+from colocc.errors import LayoutError
+from colocc.passes.graph import Graph, first_type
+from colocc.passes.portions import Piece, Portions
+from colocc.passes.timeline import Costs, Task, Timeline, fill
+from colocc.runtime import megatron
+from colocc.runtime.channels import Arrival, Channel
+from colocc.runtime.data import Batches
+from colocc.runtime.execute import Executor
+from colocc.runtime.groups import Use, close_groups, open_groups
+
+if TYPE_CHECKING:
+    from colocc.program import Program
+
+# What another portion costs, as a share of the step: each has kernels of its own to launch.
+PORTION_COST = 0.02
+
+
+def portions_of(graph: Graph) -> Portions:
+    """How the samples of the one encoder of ``graph`` are split over stages.
+
+    Raises: LayoutError if the bubbles of these layouts cannot be filled.
+    """
+    encoders = [name for name in graph.layouts if name != graph.sink]
+    if len(encoders) != 1:
+        raise LayoutError(
+            f"schedule 'filled' runs one encoder in the bubbles of {graph.sink}, these layouts "
+            f"have {len(encoders)}: {', '.join(encoders)}. Write schedule='three_phase'."
+        )
+    sink = (graph.sink, graph.layouts[graph.sink])
+    return Portions((encoders[0], graph.layouts[encoders[0]]), sink)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the encoder makes of one sample; the same on all ranks."""
+
+    shape: tuple[int, ...]
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, samples: int) -> torch.Tensor:
+        """Room for the rows of ``samples`` samples."""
+        shape = list(self.shape)
+        shape[self.dim] *= samples
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Places:
+    """What this stage runs before each of its language tasks, and after the last; and which stage
+    encodes each (microbatch, portion)."""
+
+    before: list[list[Task]]
+    stage_of: dict[tuple[int, int], int]
+    portions: int
+
+
+class Bubbles:
+    """What of the schedule ``filled`` outlives a step: groups, costs, timelines."""
+
+    def __init__(
+        self, program: Program, timeout: timedelta, portions: int | None, window: int | None
+    ) -> None:
+        self.program, self.wish, self.window = program, portions, window
+        self.portions = portions_of(program.graph)
+        self.sink = program.graph.layouts[program.graph.sink]
+        assert program.rank is not None
+        self.rank = program.rank
+        self.stage = int(self.sink.coordinates("pp")[self.rank])
+        if len(program.cut) != 1:
+            raise LayoutError(
+                f"schedule 'filled' hands one value to {program.graph.sink}, the encoder hands "
+                f"{len(program.cut)}. Write schedule='three_phase'."
+            )
+        identity = dict.fromkeys(program.redistributions, lambda value, samples=None: value)
+        self.encode = Executor(program.mine, "encode", program.model, identity, program.cut)
+        found = first_type(program.cut[0].meta["types"])
+        self.dim = found.batch if found is not None and found.batch is not None else 0
+        self._rows: dict[Any, Rows] = {}
+        self._places: dict[Any, Places] = {}
+        self._work: tuple[float, float] | None = None
+        self._open(timeout)
+
+    def _open(self, timeout: timedelta) -> None:
+        pipelines = self.sink.groups("pp")
+        everyone = (tuple(range(self.sink.size)),)
+        self._lists: dict[Use, Any] = {
+            "pipeline": pipelines,
+            "pipeline back": pipelines,
+            "embeddings": everyone,
+            "gradients": everyone,
+        }
+        world: Any = dist.group.WORLD
+        if world.bound_device_id is not None and self.sink.pp > 2:
+            raise LayoutError(
+                "schedule 'filled' sends between pairs of ranks apart, which torch joins into one "
+                "queue where device_id was given to init_process_group: leave it out, or write "
+                "schedule='three_phase'"
+            )
+        host = None
+        if self.needs_care():
+            (host,) = open_groups(everyone, timeout=timeout, use="host").values()
+        channels = []
+        for tag, (use, lists) in enumerate(self._lists.items()):
+            mine = open_groups(lists, timeout=timeout, use=use)
+            members = next(members for members in lists if self.rank in members)
+            channels.append(Channel(mine[tuple(sorted(members))], host, tag))
+        if host is not None:
+            self._lists["host"] = everyone
+        self.channels = tuple(channels)
+        self.onward, self.back, self.embeddings, self.gradients = channels
+        chain = [pair for ranks in pipelines for pair in itertools.pairwise(ranks)]
+        embeddings, gradients = self.portions.routes()
+        self.onward.connect(chain)
+        self.back.connect([(after, before) for before, after in chain])
+        self.embeddings.connect(embeddings)
+        self.gradients.connect(gradients)
+
+    @staticmethod
+    def needs_care() -> bool:
+        """Whether messages are kernels."""
+        return "nccl" in dist.get_backend()
+
+    def close(self, world: Any) -> None:
+        """Give the groups back."""
+        for use, lists in self._lists.items():
+            close_groups(lists, use=use, world=world)
+
+    def rows(self, batches: Batches) -> Rows:
+        """What one sample makes, by trying it once for each shape of the inputs."""
+        for name, found in batches.ragged.rows.items():
+            counts = found.counts
+            if len(counts) and counts.min() != counts.max():
+                raise LayoutError(
+                    f"schedule 'filled' needs equally many rows of every sample, {name} makes "
+                    f"{counts.min()} to {counts.max()}. Write schedule='three_phase'."
+                )
+        key = tuple(
+            tuple(leaf.shape[1:])
+            for leaf in pytree.tree_leaves(dict(batches.microbatches[0]))
+            if isinstance(leaf, torch.Tensor)
+        )
+        if key not in self._rows:
+            gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            with torch.no_grad(), torch.random.fork_rng(gpus):
+                value = self.run_encoder(batches, [(0, 0, 1)])
+            shape = tuple(value.shape)
+            self._rows[key] = Rows(shape, self.dim, value.dtype, value.device)
+        return self._rows[key]
+
+    def run_encoder(self, batches: Batches, runs: list[tuple[int, int, int]]) -> torch.Tensor:
+        """The encoder's output for the samples of ``runs``."""
+        inputs = {
+            node: batches.encoder_input(node, runs)
+            for node in self.program.mine.placeholders()
+            if node.meta["phase"] == "encode"
+        }
+        (value,) = self.encode(inputs)
+        result: torch.Tensor = value
+        return result
+
+    def places(self, batches: Batches, rows: Rows, seq_length: int, *, train: bool) -> Places:
+        """What runs where; the same question has the same answer on every rank.
+
+        The first step of its kind loads kernels, so its messages are careful.
+        """
+        count = len(batches.microbatches)
+        key = (count, batches.size, rows.shape, seq_length, train)
+        first = key not in self._places
+        for channel in self.channels:
+            channel.careful = first
+        if first:
+            portions, timeline = self._timeline(batches, rows, seq_length)
+            self._places[key] = _places(timeline, self.stage, portions, train=train)
+        return self._places[key]
+
+    def _timeline(self, batches: Batches, rows: Rows, seq_length: int) -> tuple[int, Timeline]:
+        """The number of portions, and the shortest timeline with it."""
+        count = len(batches.microbatches)
+        choices = self.portions.choices(batches.size) if self.wish is None else [self.wish]
+        found = []
+        for portions in choices:
+            costs = self._costs(batches, rows, seq_length, portions)
+            timeline = fill(self.sink.pp, count, portions, costs, window=self.window)
+            found.append((timeline.length * (1 + PORTION_COST * portions), portions, timeline))
+        _, portions, timeline = min(found, key=lambda one: one[:2])
+        return portions, timeline
+
+    def _costs(self, batches: Batches, rows: Rows, seq_length: int, portions: int) -> Costs:
+        """Of a stage and of a portion, as weights times tokens on one rank."""
+        if self._work is None:
+            self._work = self._weights()
+        sink, encoder = self._work
+        share = batches.size // self.sink.dp
+        forward = sink * share * seq_length
+        samples = batches.size / portions / len(self.portions.slots[0])
+        encode = encoder * samples * rows.shape[rows.dim]
+        return Costs(forward, 2 * forward, encode, 2 * encode)
+
+    def _weights(self) -> tuple[float, float]:
+        """The weights of the language module's largest stage and of the encoder on one rank."""
+        modules = [self.program.sink_module, self.program.encoder_module]
+        counts = [sum(weight.numel() for weight in module.parameters()) for module in modules]
+        found = torch.tensor(counts, dtype=torch.float64, device=torch.cuda.current_device())
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        sink, encoder = found.tolist()
+        return sink, encoder
+
+
+def _places(timeline: Timeline, stage: int, portions: int, *, train: bool) -> Places:
+    stage_of = {
+        (span.task.microbatch, span.task.portion): at
+        for at, spans in enumerate(timeline.stages)
+        for span in spans
+        if span.task.kind == "encode"
+    }
+    before: list[list[Task]] = [[]]
+    if train:
+        for span in timeline.stages[stage]:
+            if span.task.kind in ("forward", "backward"):
+                before.append([])
+            else:
+                before[-1].append(span.task)
+        return Places(before, stage_of, portions)
+    # Without backward there are forwards alone: each behind the portions of its own microbatch.
+    for microbatch in range(1 + max(index for index, _ in stage_of)):
+        before[-1] += [
+            Task("encode", microbatch, portion)
+            for portion in range(portions)
+            if stage_of[microbatch, portion] == stage
+        ]
+        before.append([])
+    return Places(before, stage_of, portions)
+
+
+class Filled:
+    """The encoders' side of one step whose work lies between the language tasks."""
+
+    def __init__(
+        self,
+        program: Program,
+        bubbles: Bubbles,
+        batches: Batches,
+        *,
+        seq_length: int,
+        train: bool,
+    ) -> None:
+        self.program, self.bubbles, self.batches = program, bubbles, batches
+        megatron.gather_parameters(program.encoder_module)
+        self.rows = bubbles.rows(batches)
+        self.places = bubbles.places(batches, self.rows, seq_length, train=train)
+        # A frozen encoder has no backward, and nothing returns to it.
+        self.learns = train and bool(program.trainable_encoders())
+        self.encoded: dict[tuple[int, int], torch.Tensor] = {}
+        self.leaf: dict[int, torch.Tensor] = {}
+        self.kept: dict[tuple[int, Piece], torch.Tensor] = {}
+        self._returned = 0
+
+    @property
+    def pipeline(self) -> tuple[Channel, Channel, Filled]:
+        """The way onward, the way back, and what runs between the tasks."""
+        return self.bubbles.onward, self.bubbles.back, self
+
+    def start(self) -> None:
+        """Nothing runs ahead of the pipeline."""
+
+    def before(self, place: int) -> None:
+        """Run what comes before language task number ``place`` of this stage."""
+        for task in self.places.before[place]:
+            if task.kind == "encode":
+                self._encode(task.microbatch, task.portion)
+            elif self.learns:
+                self._backward(task.microbatch, task.portion)
+
+    def leaves(self, microbatch: int) -> list[Any]:
+        """The embeddings of ``microbatch``, on the first stage; other stages read none."""
+        if self.bubbles.stage:
+            return [None]
+        replica = int(self.bubbles.sink.coordinates("dp")[self.bubbles.rank])
+        arriving = [
+            self._arriving(microbatch, portion, piece)
+            for portion in range(self.places.portions)
+            for piece in self._pieces(microbatch, portion)
+            if piece.replica == replica
+        ]
+        parts = []
+        for part, work in arriving:
+            if work is not None:
+                work.wait()
+            parts.append(part)
+        leaf = torch.cat(parts, dim=self.rows.dim) if len(parts) > 1 else parts[0]
+        leaf = leaf.detach().requires_grad_(self.learns)
+        if self.learns:
+            self.leaf[microbatch] = leaf
+        else:
+            for portion in range(self.places.portions):
+                self.encoded.pop((microbatch, portion), None)
+        return [leaf]
+
+    def returned(self) -> None:
+        """Hand the gradient of the microbatch that the first stage is done with to those who
+        encoded it."""
+        microbatch, self._returned = self._returned, self._returned + 1
+        leaf = self.leaf.pop(microbatch, None)
+        if leaf is None:
+            return
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        share = self.batches.size // self.bubbles.sink.dp
+        rank, split = self.bubbles.rank, self.bubbles.portions
+        replica = int(self.bubbles.sink.coordinates("dp")[rank])
+        for portion in range(self.places.portions):
+            for piece in self._pieces(microbatch, portion):
+                if piece.replica != replica:
+                    continue
+                first = piece.start - replica * share
+                part = self._narrow(gradient, first, piece.stop - piece.start)
+                for reader in piece.ranks:
+                    if split.gradient_source(piece, reader) != rank:
+                        continue
+                    if reader == rank:
+                        self.kept[microbatch, piece] = part
+                    else:
+                        self.bubbles.gradients.send(part, reader)
+
+    def finish(self) -> None:
+        """Run what is left after the last language task; then every gradient is complete."""
+        self.before(len(self.places.before) - 1)
+        assert not self.encoded
+        for channel in self.bubbles.channels:
+            channel.flush()
+        if self.learns:
+            for module in self.program.trainable_encoders():
+                megatron.start_reductions(module)
+
+    def _pieces(self, microbatch: int, portion: int) -> list[Piece]:
+        """The pieces of a portion that hold a sample."""
+        stage = self.places.stage_of[microbatch, portion]
+        found = self.bubbles.portions.pieces(
+            stage, portion, self.places.portions, self.batches.size
+        )
+        return [piece for piece in found if piece.stop > piece.start]
+
+    def _mine(self, microbatch: int, portion: int) -> list[Piece]:
+        pieces = self._pieces(microbatch, portion)
+        return [piece for piece in pieces if self.bubbles.rank in piece.ranks]
+
+    def _encode(self, microbatch: int, portion: int) -> None:
+        mine = self._mine(microbatch, portion)
+        if not mine:
+            return
+        with torch.set_grad_enabled(self.learns), self.program.noted("encode", microbatch):
+            value = self.bubbles.run_encoder(
+                self.batches, [(microbatch, piece.start, piece.stop) for piece in mine]
+            )
+        if self.learns:
+            self.program.check_learns([value])
+        self._check(value, sum(piece.stop - piece.start for piece in mine))
+        self.encoded[microbatch, portion] = value
+        first, split = 0, self.bubbles.portions
+        for piece in mine:
+            count = piece.stop - piece.start
+            part = self._narrow(value.detach(), first, count)
+            first += count
+            for reader in split.readers[piece.replica]:
+                if reader != self.bubbles.rank and split.source(piece, reader) == self.bubbles.rank:
+                    self.bubbles.embeddings.send(part, reader)
+        if not self.learns and self.bubbles.stage:
+            del self.encoded[microbatch, portion]
+
+    def _check(self, value: torch.Tensor, samples: int) -> None:
+        wanted = list(self.rows.shape)
+        wanted[self.rows.dim] *= samples
+        if list(value.shape) != wanted:
+            raise LayoutError(
+                f"the encoder made {list(value.shape)} of {samples} samples, one makes "
+                f"{list(self.rows.shape)}: schedule 'filled' needs the same number of rows of "
+                "every sample. Write schedule='three_phase'."
+            )
+
+    def _arriving(
+        self, microbatch: int, portion: int, piece: Piece
+    ) -> tuple[torch.Tensor, Arrival | None]:
+        source = self.bubbles.portions.source(piece, self.bubbles.rank)
+        if source != self.bubbles.rank:
+            buffer = self.rows.empty(piece.stop - piece.start)
+            return buffer, self.bubbles.embeddings.receive(buffer, source)
+        first = 0
+        for other in self._mine(microbatch, portion):
+            if other == piece:
+                break
+            first += other.stop - other.start
+        value = self.encoded[microbatch, portion].detach()
+        return self._narrow(value, first, piece.stop - piece.start), None
+
+    def _backward(self, microbatch: int, portion: int) -> None:
+        mine, split = self._mine(microbatch, portion), self.bubbles.portions
+        if not mine:
+            return
+        value, parts = self.encoded.pop((microbatch, portion)), []
+        for piece in mine:
+            source = split.gradient_source(piece, self.bubbles.rank)
+            if source == self.bubbles.rank:
+                parts.append(self.kept.pop((microbatch, piece)))
+                continue
+            buffer = self.rows.empty(piece.stop - piece.start)
+            self.bubbles.gradients.receive(buffer, source).wait()
+            parts.append(buffer)
+        gradient = torch.cat(parts, dim=self.rows.dim) if len(parts) > 1 else parts[0]
+        scale = self.program.scale
+        with (
+            megatron.no_sync(self.program.encoder_module),
+            self.program.noted("encode_backward", microbatch),
+        ):
+            torch.autograd.backward(value, gradient * scale if scale != 1 else gradient)
+
+    def _narrow(self, tensor: torch.Tensor, first: int, samples: int) -> torch.Tensor:
+        each = self.rows.shape[self.rows.dim]
+        return tensor.narrow(self.rows.dim, first * each, samples * each)

@@ -1,0 +1,82 @@
+"""Covers passes/portions.py."""
+
+import pytest
+
+from colocc import Layout, LayoutError
+from colocc.passes.portions import Portions
+
+PAIRS = [
+    (Layout(dp=2), Layout(pp=2)),
+    (Layout(tp=2, dp=4), Layout(tp=2, pp=2, dp=2)),
+    (Layout(tp=4, dp=2), Layout(tp=2, pp=2, dp=2)),
+    (Layout(dp=8), Layout(tp=4, pp=2)),
+    (Layout(tp=2, dp=4), Layout(pp=4, dp=2)),
+    (Layout(tp=2, dp=4, order="tp-cp-pp-dp"), Layout(tp=2, pp=2, dp=2, order="tp-cp-pp-dp")),
+]
+
+
+@pytest.mark.parametrize(("encoder", "sink"), PAIRS)
+@pytest.mark.parametrize("portions", [1, 2, 3])
+@pytest.mark.parametrize("share", [1, 2, 5])
+def test_every_sample_is_encoded_once(
+    encoder: Layout, sink: Layout, portions: int, share: int
+) -> None:
+    split, size = Portions(("images", encoder), ("language", sink)), share * sink.dp
+    for stage in range(sink.pp):
+        seen: list[int] = []
+        for portion in range(portions):
+            for piece in split.pieces(stage, portion, portions, size):
+                samples = range(piece.start, piece.stop)
+                assert all(sample // share == piece.replica for sample in samples)
+                seen += samples
+        assert sorted(seen) == list(range(size))
+
+
+@pytest.mark.parametrize(("encoder", "sink"), PAIRS)
+def test_messages_go_between_the_first_stage_and_the_slot(encoder: Layout, sink: Layout) -> None:
+    split = Portions(("images", encoder), ("language", sink))
+    stage = sink.coordinates("pp").tolist()
+    embeddings, gradients = split.routes()
+    for at in range(sink.pp):
+        for piece in split.pieces(at, 0, 1, 8 * sink.dp):
+            assert {stage[rank] for rank in piece.ranks} == {at}
+            for reader in split.readers[piece.replica]:
+                source = split.source(piece, reader)
+                assert source in piece.ranks
+                assert source == reader or (source, reader) in embeddings
+            for rank in piece.ranks:
+                source = split.gradient_source(piece, rank)
+                assert source in split.readers[piece.replica]
+                assert source == rank or (source, rank) in gradients
+
+
+@pytest.mark.parametrize(("encoder", "sink"), PAIRS)
+def test_a_message_is_sent_along_the_tp_lane_where_there_is_one(
+    encoder: Layout, sink: Layout
+) -> None:
+    split = Portions(("images", encoder), ("language", sink))
+    lane = sink.coordinates("tp").tolist()
+    for piece in split.pieces(1, 0, 1, 8 * sink.dp):
+        for reader in split.readers[piece.replica]:
+            if any(lane[rank] == lane[reader] for rank in piece.ranks):
+                assert lane[split.source(piece, reader)] == lane[reader]
+
+
+def test_even_cuts() -> None:
+    split = Portions(("images", Layout(dp=2)), ("language", Layout(pp=2)))
+    assert split.choices(1) == [1]
+    assert split.choices(4) == [1, 2, 4]
+    assert split.choices(6) == [1, 2, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "sink", "text"),
+    [
+        (Layout(dp=2), Layout(tp=2), "not pipelined: write schedule='lookahead=2'"),
+        (Layout(tp=2), Layout(pp=2), "are on the stages"),
+        (Layout(cp=2, dp=2), Layout(pp=2, dp=2), "cuts their sequence over cp"),
+    ],
+)
+def test_refused(encoder: Layout, sink: Layout, text: str) -> None:
+    with pytest.raises(LayoutError, match=text):
+        Portions(("images", encoder), ("language", sink))

@@ -1,0 +1,233 @@
+"""Covers runtime/filled.py, pipeline.py and channels.py: against the oracle; what is refused."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import colocc
+from colocc import Layout, LayoutError
+from colocc.runtime import cpu
+from colocc.runtime.filled import Bubbles
+from tests import mimo
+from tests.harness import ProcessPool
+from tests.runtime.test_schedule import (
+    ORDERS,
+    TUPLES,
+    Oracle,
+    batches,
+    check,
+    layouts_of,
+    reference,  # noqa: F401 - a fixture
+)
+
+
+def legal(encoder: tuple[int, int], language: tuple[int, int, int], order: str) -> bool:
+    """Whether the tp groups of the encoder lie inside stages; counted here rank by rank."""
+    layouts = layouts_of(encoder, language, order)
+    stage = layouts["language"].coordinates("pp").tolist()
+    groups = layouts["images"].groups("tp")
+    return language[1] > 1 and all(len({stage[r] for r in group}) == 1 for group in groups)
+
+
+CASES = [
+    (encoder, language, order)
+    for encoder, language in TUPLES
+    for order in ORDERS
+    if language[1] > 1
+]
+LEGAL = [case for case in CASES if legal(*case)]
+REFUSED = [case for case in CASES if not legal(*case)]
+TWO = ((1, 2), (1, 2, 1), ORDERS[0])
+
+
+@pytest.mark.parametrize(("encoder", "language", "order"), LEGAL)
+def test_filled_equals_the_oracle(
+    processes: ProcessPool,
+    reference: Oracle,  # noqa: F811
+    encoder: tuple[int, int],
+    language: tuple[int, int, int],
+    order: str,
+) -> None:
+    pp = language[1]
+    counts = tuple(sorted({1, pp, pp + 1, 6}))
+    check(processes, reference, layouts_of(encoder, language, order), counts, schedule="filled")
+
+
+@pytest.mark.parametrize("portions", [1, 2, 3, 8])
+@pytest.mark.parametrize(("encoder", "language", "order"), [TWO, ((1, 4), (1, 4, 1), ORDERS[0])])
+def test_any_number_of_portions(
+    processes: ProcessPool,
+    reference: Oracle,  # noqa: F811
+    encoder: tuple[int, int],
+    language: tuple[int, int, int],
+    order: str,
+    portions: int,
+) -> None:
+    layouts = layouts_of(encoder, language, order)
+    check(processes, reference, layouts, (1, 5), schedule=f"filled={portions}")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_reductions_that_overlap_backward(
+    processes: ProcessPool,
+    reference: Oracle,  # noqa: F811
+    overlap: bool,
+) -> None:
+    check(processes, reference, layouts_of(*TWO), (4, 3, 4), schedule="filled", overlap=overlap)
+
+
+def frozen_on_rank(_: int, layouts: dict[str, Layout], schedule: str) -> tuple[Any, Any]:
+    """Losses and gradients of the language module of a step with a frozen encoder."""
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts, frozen=("images",))
+        with colocc.compile(model, layouts, groups=groups, schedule=schedule) as program:
+            module: Any = program.sink_module
+            module.zero_grad_buffer()
+            logs = program.forward_backward(
+                batches(3), num_microbatches=3, loss_func=mimo.loss_func, force_all_reduce=True
+            )
+            return logs, [weight.main_grad.clone() for weight in module.parameters()]
+
+
+def test_a_frozen_encoder_gets_no_gradient(processes: ProcessPool) -> None:
+    layouts = layouts_of(*TWO)
+    work = partial(frozen_on_rank, layouts=layouts)
+    phases, filled = (
+        processes.run(2, partial(work, schedule=how)) for how in ("three_phase", "filled")
+    )
+    for (logs, wanted), (found_logs, found) in zip(phases, filled, strict=True):
+        assert found_logs == logs
+        for gradient, other in zip(wanted, found, strict=True):
+            torch.testing.assert_close(other, gradient)
+
+
+def forward_only_on_rank(_: int, layouts: dict[str, Layout], schedule: str) -> list[Any]:
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts)
+        with colocc.compile(model, layouts, groups=groups, schedule=schedule) as program:
+            model.zero_grad_buffer()
+            logs = program.forward_backward(
+                batches(5), num_microbatches=5, loss_func=mimo.loss_func, forward_only=True
+            )
+            modules: list[Any] = list(program.trainable().values())
+            assert all(not p.main_grad.any() for m in modules for p in m.parameters())
+            return [log["loss"] for log in logs]
+
+
+def test_forward_only(processes: ProcessPool) -> None:
+    layouts = layouts_of((1, 4), (1, 2, 2), ORDERS[0])
+    work = partial(forward_only_on_rank, layouts=layouts)
+    phases, filled = (
+        processes.run(4, partial(work, schedule=how)) for how in ("three_phase", "filled")
+    )
+    assert any(phases)
+    for wanted, found in zip(phases, filled, strict=True):
+        assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in wanted])
+
+
+def held_on_rank(_: int, layouts: dict[str, Layout], count: int) -> tuple[int, int]:
+    """The most encoded portions that awaited backward at a time, and how many ran."""
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts)
+        with colocc.compile(model, layouts, groups=groups, schedule="filled") as program:
+            alive = most = calls = 0
+            encoder: Any = model.modality_submodules["images"]
+
+            def entered(*unused: Any) -> None:
+                nonlocal alive, most, calls
+                if torch.is_grad_enabled():
+                    calls += 1
+                    alive += 1
+                    most = max(most, alive)
+
+            def left(*unused: Any) -> None:
+                nonlocal alive
+                alive -= 1
+
+            encoder.register_forward_hook(entered)
+            encoder.module.encoders["vit"].outward.register_full_backward_hook(left)
+            program.forward_backward(
+                batches(count), num_microbatches=count, loss_func=mimo.loss_func
+            )
+            assert alive == 0
+            return most, calls
+
+
+def test_the_activations_of_few_microbatches_are_alive(processes: ProcessPool) -> None:
+    layouts = layouts_of(*TWO)
+    few, many = (
+        processes.run(2, partial(held_on_rank, layouts=layouts, count=count)) for count in (12, 24)
+    )
+    for rank in range(2):
+        (most, calls), (most_of_more, more_calls) = few[rank], many[rank]
+        assert more_calls > 1.5 * calls
+        assert most_of_more <= most + 1 < calls
+    assert sum(calls for _, calls in many) >= 24
+
+
+def refused_on_rank(_: int, layouts: dict[str, Layout]) -> str:
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts, wrap=False)
+        with pytest.raises(LayoutError) as caught:
+            colocc.compile(model, layouts, groups=groups, schedule="filled")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("encoder", "language", "order"), REFUSED)
+def test_groups_across_stages_are_refused(
+    processes: ProcessPool,
+    encoder: tuple[int, int],
+    language: tuple[int, int, int],
+    order: str,
+) -> None:
+    layouts = layouts_of(encoder, language, order)
+    for text in processes.run(8, partial(refused_on_rank, layouts=layouts)):
+        assert "schedule 'filled' runs images in the bubbles of language" in text
+        assert "one tp and cp group of images" in text
+
+
+@pytest.mark.parametrize(
+    ("layouts", "text"),
+    [
+        (
+            {"images": Layout(dp=2), "audio": Layout(dp=2), "language": Layout(pp=2)},
+            "these layouts have 2: images, audio",
+        ),
+        ({"images": Layout(dp=2), "language": Layout(tp=2)}, "which is not pipelined: write"),
+    ],
+)
+def test_other_layouts_are_refused(
+    processes: ProcessPool, layouts: dict[str, Layout], text: str
+) -> None:
+    for found in processes.run(2, partial(refused_on_rank, layouts=layouts)):
+        assert text in found
+
+
+def careful_on_rank(_: int, layouts: dict[str, Layout]) -> list[Any]:
+    """The gradients of the same step twice, the first time with messages through the host."""
+    with pytest.MonkeyPatch.context() as patch, cpu.ranks():
+        patch.setattr(Bubbles, "needs_care", staticmethod(lambda: True))
+        with colocc.process_groups(layouts) as groups:
+            model = mimo.build(groups, layouts)
+            with colocc.compile(model, layouts, groups=groups, schedule="filled") as program:
+                assert program.bubbles is not None
+                found, careful = [], []
+                for _step in range(2):
+                    model.zero_grad_buffer()
+                    program.forward_backward(
+                        batches(3), num_microbatches=3, loss_func=mimo.loss_func
+                    )
+                    careful.append(program.bubbles.onward.careful)
+                    weights: list[Any] = list(model.parameters())
+                    found.append([weight.main_grad.clone() for weight in weights])
+                assert careful == [True, False]
+                return found
+
+
+def test_the_first_step_sends_through_the_host(processes: ProcessPool) -> None:
+    for one, other in processes.run(2, partial(careful_on_rank, layouts=layouts_of(*TWO))):
+        assert any(gradient.any() for gradient in one)
+        for gradient, again in zip(one, other, strict=True):
+            torch.testing.assert_close(again, gradient)
