@@ -14,9 +14,11 @@ from colocc.passes.graph import Graph
 from tests.harness import run_threads
 from tests.plain import (
     LAYOUTS,
+    ORDERS,
     Model,
     batch,
     contains,
+    layouts_of,
     model,
     refused,
 )
