@@ -4,6 +4,7 @@ from colocc.compile import compile
 from colocc.errors import CaptureError, LayoutError, VerifyError
 from colocc.layout import Layout
 from colocc.passes.capture import leaf
+from colocc.passes.rows import Rows
 from colocc.program import Program
 from colocc.runtime.groups import ProcessGroups, process_groups
 
@@ -13,6 +14,7 @@ __all__ = [
     "LayoutError",
     "ProcessGroups",
     "Program",
+    "Rows",
     "VerifyError",
     "compile",
     "leaf",

@@ -18,6 +18,7 @@ from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.passes.dump import PASSES, page
 from colocc.passes.graph import Graph, Reduction
+from colocc.passes.rows import BatchDim, BatchDims, Rows, dim_of
 from colocc.program import Program
 from colocc.runtime import megatron
 from colocc.runtime.filled import portions_of
@@ -43,7 +44,7 @@ def compile(
     groups: ProcessGroups | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     schedule: str = "three_phase",
-    batch_dims: Mapping[str, int] | None = None,
+    batch_dims: BatchDims | None = None,
     sequence_dims: Mapping[str, int] | None = None,
     ranks_per_node: int | None = None,
     reductions: Mapping[str, Reduction] | None = None,
@@ -57,8 +58,9 @@ def compile(
     opened.
     ``example_inputs`` is one global batch (tensors on any device, or meta): with it the page shows
     sizes and bytes; a MimoModel needs none. ``batch_dims`` names the dim that holds the samples
-    where it is not 0. ``sequence_dims`` names the dim that holds the sequence, of inputs and of
-    modules' outputs: layouts with cp or sp then read and make their part of it, instead of all.
+    where it is not 0: a number, ``Rows(dim)`` where a sample has several rows, None where all
+    samples share the input. ``sequence_dims`` names the dim that holds the sequence, of inputs and
+    of modules' outputs: layouts with cp or sp then read and make their part of it, instead of all.
     Redistributions between nodes of ``ranks_per_node`` ranks cross with each byte once.
     ``reductions`` overrides how a module's gradients are reduced over its dp axis. ``rows`` gives,
     of modules of a MimoModel whose items (images, clips) make different numbers of rows, a function
@@ -75,7 +77,7 @@ def compile(
     Raises: LayoutError, CaptureError, before any training step and on every rank alike.
     """
     found, error = None, None
-    dims: dict[str, int] = {}
+    dims: dict[str, BatchDim] = {}
     lengths: dict[str, int] = {}
     means: dict[str, Reduction] = {}
     order = Schedule()
@@ -160,27 +162,38 @@ def _build(
 def _check_options(
     model: nn.Module,
     layouts: dict[str, Layout],
-    batch_dims: Mapping[str, int],
+    batch_dims: BatchDims,
     sequence_dims: Mapping[str, int],
     reductions: Mapping[str, Reduction],
     ranks_per_node: int | None,
 ) -> None:
     """Raise LayoutError for options that nothing would read, or that nothing can do."""
-    inputs = list(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters
+    inputs = [name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD]
+    takes_more = len(inputs) < len(parameters)
     for name, dim in batch_dims.items():
-        if name not in inputs or type(dim) is not int or dim < 0:
+        known = name in inputs or takes_more
+        place = dim.dim if isinstance(dim, Rows) else dim
+        if not known or (place is not None and (type(place) is not int or place < 0)):
             raise LayoutError(
                 f"batch_dims has {name!r}: {dim!r}; give the name of an input of "
-                f"{type(model).__name__}.forward ({', '.join(inputs)}) and a dim of at least 0"
+                f"{type(model).__name__}.forward ({', '.join(inputs)}) and a dim of at least 0, "
+                "Rows(dim) where a sample has several rows, or None where all samples share it"
             )
     for name, dim in sequence_dims.items():
-        if (name in inputs) == (name in layouts) or type(dim) is not int or dim < 0:
+        is_input = name in inputs or (takes_more and name not in layouts)
+        if is_input == (name in layouts) or type(dim) is not int or dim < 0:
             both = " and not of both" * (name in inputs and name in layouts)
             raise LayoutError(
                 f"sequence_dims has {name!r}: {dim!r}; give the name of a module of the layouts "
                 f"({', '.join(layouts)}), whose output it is, or of an input of "
                 f"{type(model).__name__}.forward ({', '.join(inputs)}){both}, and a dim of at "
                 "least 0"
+            )
+        if is_input and dim == dim_of(batch_dims, name):
+            raise LayoutError(
+                f"sequence_dims has {name!r}: {dim!r}, the dim that holds its samples. Give it a "
+                f"dim of its own, or batch_dims={{{name!r}: None}} if all samples share it."
             )
     if ranks_per_node is not None and (type(ranks_per_node) is not int or ranks_per_node < 1):
         raise LayoutError(f"ranks_per_node is {ranks_per_node!r}: give an integer of at least 1")

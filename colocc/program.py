@@ -23,6 +23,7 @@ from colocc.passes.dump import dot, page, ranks
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.merge import Merge
 from colocc.passes.phases import cut
+from colocc.passes.rows import BatchDims
 from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
 from colocc.runtime.data import Batches, fingerprint, holding_of, sample_runs
@@ -60,7 +61,7 @@ class Program:
         graph: Graph,
         mine: Graph | None,
         groups: ProcessGroups | None,
-        batch_dims: dict[str, int],
+        batch_dims: BatchDims,
         timeout: timedelta,
         schedule: Schedule,
         *,

@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from colocc.layout import Layout
-from colocc.passes.capture import TRACING, capture
+from colocc.passes.capture import capture
 from colocc.passes.capture import find_targets as capture_targets
 from colocc.passes.graph import Graph, Reduction, Traits
 from colocc.passes.merge import merge
 from colocc.passes.phases import phases
 from colocc.passes.propagate import propagate
 from colocc.passes.redistribute import redistribute
+from colocc.passes.rows import BatchDims
 from colocc.passes.specialize import specialize
 from colocc.passes.verify import verify
 
@@ -35,27 +36,28 @@ def run(
     reductions: Mapping[str, Reduction],
     example_inputs: Mapping[str, Any] | None = None,
     traits: Traits | None = None,
-    batch_dims: Mapping[str, int] | None = None,
+    batch_dims: BatchDims | None = None,
     sequence_dims: Mapping[str, int] | None = None,
     ranks_per_node: int | None = None,
     between: Sequence[Between] = (),
 ) -> Graph:
     """Return the graph of all ranks. ``between`` is called with it after each pass, once
     verified."""
-    known: dict[str, Any] = {"example_inputs": example_inputs, "traits": traits}
+    sizes = {path: sum(p.numel() for p in m.parameters()) for path, m in model.named_modules()}
     options: dict[Pass, dict[str, Any]] = {
-        propagate: {"model": model, "batch_dims": batch_dims, **known},
-        redistribute: {"sequence_dims": sequence_dims, "ranks_per_node": ranks_per_node},
+        propagate: {"traits": traits, "weights": sizes},
         merge: {"traits": traits},
+        redistribute: {"sequence_dims": sequence_dims, "ranks_per_node": ranks_per_node},
     }
-    with TRACING:
-        graph = capture(model, layouts, **known)
-        graph.reductions = dict(reductions)
-        graph.rows = dict(traits.rows) if traits is not None else {}
-        check(graph, "capture", between)
-        for step in PIPELINE:
-            graph = partial(step, **options.get(step, {}))(graph)
-            check(graph, step.__name__, between)
+    graph = capture(
+        model, layouts, example_inputs=example_inputs, traits=traits, batch_dims=batch_dims
+    )
+    graph.reductions = dict(reductions)
+    graph.rows = dict(traits.rows) if traits is not None else {}
+    check(graph, "capture", between)
+    for step in PIPELINE:
+        graph = partial(step, **options.get(step, {}))(graph)
+        check(graph, step.__name__, between)
     return graph
 
 

@@ -13,9 +13,11 @@ from typing import Any
 
 from torch import fx
 
-from colocc.errors import CaptureError, LayoutError
-from colocc.passes.capture import Method
-from colocc.passes.graph import Graph, first_type
+from colocc.errors import CaptureError
+from colocc.passes.graph import Graph, Method, first_type
+from colocc.passes.scatter import scatter_guard
+from colocc.passes.sizes import Number
+from colocc.passes.structure import Rebuilt
 from colocc.types import Type
 
 POINTWISE = frozenset(
@@ -147,20 +149,14 @@ NORMS = frozenset(["layer_norm", "rms_norm"])
 
 
 def check_glue(graph: Graph) -> None:
-    """Raise CaptureError for glue before the sink that may mix samples, LayoutError for a number of
-    one layout's batch that another layout reads."""
-    after = _after_sink(graph)
+    """Raise CaptureError for glue that may mix samples and is not the user's own loss: what the
+    sink's layout computes for no module, or from what the sink made, sees its microbatch."""
+    after, before = _after_sink(graph), _before_modules(graph)
     for node in graph.fx.nodes:
-        for source in node.all_input_nodes:
-            if source.meta.get("host") and source.meta["module"] != node.meta["module"]:
-                raise LayoutError(
-                    f"{node.meta['line'] or node.name}: {node.name} runs on "
-                    f"{node.meta['module']} and "
-                    f"reads {source.name}, the batch size that {source.meta['module']}'s ranks "
-                    f"see. Take it from a tensor that {node.meta['module']} reads."
-                )
+        if node.meta["module"] == graph.sink and node not in before:
+            continue
         if node not in after and _is_glue(graph, node) and _reads_batch(node):
-            _check(node)
+            _check(graph, node)
 
 
 def _after_sink(graph: Graph) -> set[fx.Node]:
@@ -171,10 +167,20 @@ def _after_sink(graph: Graph) -> set[fx.Node]:
     return found
 
 
+def _before_modules(graph: Graph) -> set[fx.Node]:
+    """What any module of the layouts is called with."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in found or graph.owner_of(node) is not None:
+            found.update(node.all_input_nodes)
+    return found
+
+
 def _is_glue(graph: Graph, node: fx.Node) -> bool:
-    if node.op in ("placeholder", "output", "get_attr") or graph.module_of(node) is not None:
+    if node.op in ("placeholder", "output", "get_attr") or graph.owner_of(node) is not None:
         return False
-    return not isinstance(node.target, Method) and not hasattr(node.target, "colocc_leaf")
+    opaque = (Method, Number, Rebuilt)
+    return not isinstance(node.target, opaque) and not hasattr(node.target, "colocc_leaf")
 
 
 def _reads_batch(node: fx.Node) -> bool:
@@ -186,7 +192,11 @@ def _batch(node: Any) -> int | None:
     return found.batch if found is not None else None
 
 
-def _check(node: fx.Node) -> None:
+def _check(graph: Graph, node: fx.Node) -> None:
+    guard = scatter_guard(graph, node)
+    if guard is not None and graph.guards is not None:
+        graph.guards.scatters.append(guard)
+        return
     name = str(getattr(node.target, "__name__", node.target)).lower().strip("_")
     if node.op == "call_module":
         name = str(node.meta["kind"]).lower()
@@ -196,9 +206,11 @@ def _check(node: fx.Node) -> None:
         (name in SHAPING, lambda n, _: _one_batch(n)),
         (name in FLATTENING, lambda n, _: _leading(n)),
         (name in LAST_DIM, lambda n, _: _not_last(n)),
+        (name == "pad", lambda n, _: _pad(n)),
         (name in NORMS, lambda n, _: _norm(n)),
         (name in ("matmul", "bmm", "einsum"), lambda n, _: name != "einsum" and _matmul(n)),
         (name == "getitem", lambda n, _: _getitem(n)),
+        (name == "assigned", lambda n, _: _assigned(n)),
     ]
     for applies, holds in checks:
         if applies and holds(node, name):
@@ -266,6 +278,14 @@ def _not_last(node: fx.Node) -> bool:
     return all(t.batch != len(t.dims) - 1 or len(t.dims) == 1 for t in found) and _one_batch(node)
 
 
+def _pad(node: fx.Node) -> bool:
+    """Two numbers for each of the last dims."""
+    widths = node.kwargs.get("pad", node.args[1] if len(node.args) > 1 else None)
+    if not isinstance(widths, (list, tuple)):
+        return False
+    return all(t.batch is None or t.batch < len(t.dims) - len(widths) // 2 for t in _types(node))
+
+
 def _norm(node: fx.Node) -> bool:
     """The dims that are normalized are the last ones, as many as the shape that is named has."""
     shape = node.kwargs.get("normalized_shape", node.args[1] if len(node.args) > 1 else None)
@@ -282,13 +302,30 @@ def _matmul(node: fx.Node) -> bool:
     return not inner and _one_batch(node)
 
 
+def _assigned(node: fx.Node) -> bool:
+    """A constant written by mask, or a constant or the same samples written to a slice."""
+    whole, index, new = node.args
+    if isinstance(index, fx.Node):
+        return not isinstance(new, fx.Node) and _same_batch(node, "assigned")
+    aligned = not isinstance(new, fx.Node) or _batch(new) == 0
+    return aligned and _batch(whole) == 0 and _keeps_batch(_types(node)[0], index)
+
+
 def _getitem(node: fx.Node) -> bool:
     source, index = node.args[0], node.args[1]
     types = source.meta.get("types") if isinstance(source, fx.Node) else None
     if not isinstance(types, Type) or types.batch is None:
         return True
-    parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(part, fx.Node) or part is Ellipsis for part in parts):
+    return _keeps_batch(types, index)
+
+
+def _keeps_batch(types: Type, index: Any) -> bool:
+    """Whether an index takes all samples, in their order."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if types.batch is None or any(isinstance(part, fx.Node) for part in parts):
         return False
     dims = [part for part in parts if part is not None]
+    if Ellipsis in dims:
+        place = dims.index(Ellipsis)
+        dims[place : place + 1] = [slice(None)] * (len(types.dims) - len(dims) + 1)
     return len(dims) <= types.batch or dims[types.batch] == slice(None)

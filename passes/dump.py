@@ -33,6 +33,7 @@ def page(graph: Graph, after: str = "phases") -> str:
         lines += _phases(graph)
     else:
         lines += _nodes(graph, graph.nodes)
+    lines += _guards(graph)
     if graph.plans:
         lines += ["", *_moved(graph)]
     lines += [f"note    {note}" for note in graph.notes]
@@ -264,6 +265,14 @@ def _moved(graph: Graph) -> list[str]:
     batch = f"for a batch of {graph.batch_size}" if graph.batch_size else ""
     moved, bound = (f"fwd {human(fwd)}, bwd {human(bwd)}" for fwd, bwd in (totals, bounds))
     return [f"moved   {moved} per receiving rank {batch}, {count}", f"bound   {bound}"]
+
+
+def _guards(graph: Graph) -> list[str]:
+    """What the graph takes for granted of every batch, with the user's lines."""
+    rows = [] if graph.guards is None else [list(line) for line in graph.guards.lines()]
+    width = max((len(text) for text, _ in rows), default=0)
+    lines = [_short(f"guard   {text.ljust(width)}   {line}", PAGE_WIDTH) for text, line in rows]
+    return ["", *lines] if lines else []
 
 
 def _table(rows: list[list[str]], indent: str) -> list[str]:

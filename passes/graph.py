@@ -4,6 +4,7 @@ What a pass knows of a node stands in ``node.meta`` under one of these keys:
 
 path      of a placeholder: where its value stands in the batch, ("modality_inputs", "images")
 line      the user's source line that made the node, "mimo.py:31 self.vision(...)"
+shapes    (dtype, dims, batch dim) of each tensor that it makes; None where nothing is known
 module    the name in ``layouts`` on whose layout the node runs            (from propagate on)
 types     the types of its tensors, a pytree shaped like its value         (from propagate on)
 phase     "encode" or "language"                                          (from phases on)
@@ -17,16 +18,34 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.fx
 
+from colocc.errors import CaptureError
 from colocc.layout import Layout
 from colocc.passes.solve.plan import Plan
 from colocc.types import Type
 
+if TYPE_CHECKING:
+    from colocc.passes.guards import Guards
+
 Reduction = Literal["mean", "sum"]
+
+
+class Method:
+    """A method of the model as the target of a node; the executor binds it to the model."""
+
+    def __init__(self, name: str, stage: str) -> None:
+        self.name = self.__name__ = name
+        self.stage = stage
+
+    def __repr__(self) -> str:
+        return f"model.{self.name}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise CaptureError(f"{self!r} is bound to a model by the program that runs the graph")
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,8 @@ class Graph:
     that every other one feeds (the language model). ``plans`` are by node name.
     ``reductions`` says how each module's gradients are reduced over its dp axis. ``sequence_dims``
     are the dims of modules' outputs and of inputs that hold the sequence. ``rows`` gives the
-    placeholder's id of modules that make rows.
+    placeholder's id of modules that make rows. ``guards`` is what the graph of an example takes for
+    granted. ``homes`` are the modules that run as part of the sink.
     """
 
     fx: torch.fx.Graph
@@ -100,6 +120,8 @@ class Graph:
     batch_size: int | None = None
     sequence_dims: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    guards: Guards | None = None
+    homes: dict[str, str] = field(default_factory=dict)
 
     @property
     def world(self) -> int:
@@ -114,6 +136,18 @@ class Graph:
         if node.op != "call_module":
             return None
         return next((n for n, path in self.targets.items() if path == node.target), None)
+
+    def owner_of(self, node: torch.fx.Node) -> str | None:
+        """The name in ``layouts`` of the module that a node calls or reads, whole or a part of."""
+        if node.op not in ("call_module", "get_attr"):
+            return None
+        target = f"{node.target}."
+        found = (name for name, path in self.targets.items() if target.startswith(path + "."))
+        return next(found, None)
+
+    def home(self, name: str) -> str:
+        """Where the nodes of the module ``name`` run: on its own layout, or the sink's."""
+        return self.homes.get(name, name)
 
     def plan_of(self, node: torch.fx.Node) -> Plan | None:
         return self.plans.get(node.name) if node.op == "call_module" else None

@@ -21,8 +21,7 @@ from typing import Any
 from torch import fx
 
 from colocc.errors import CaptureError
-from colocc.passes.capture import Method
-from colocc.passes.graph import Graph, Traits, first_type
+from colocc.passes.graph import Graph, Method, Traits, first_type
 from colocc.sequence import axes_of
 
 

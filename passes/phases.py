@@ -18,8 +18,7 @@ import operator
 from torch import fx
 
 from colocc.errors import CaptureError
-from colocc.passes.capture import Method
-from colocc.passes.graph import Graph, depends
+from colocc.passes.graph import Graph, Method, depends
 from colocc.passes.redistribute import is_redistribution
 
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from colocc.errors import CaptureError
 from colocc.passes.batch import LAST_DIM, NORMS, POINTWISE
 from colocc.passes.graph import Graph, depends, first_type
+from colocc.passes.sizes import Number
 from colocc.sequence import axes_of
 from colocc.types import Type
 
@@ -32,6 +33,7 @@ def sequences(graph: Graph, sequence_dims: Mapping[str, int]) -> None:
         return
     cuts = any(axes_of(layout) for layout in graph.layouts.values())
     made_from = depends(graph)
+    late = {n for n in made_from if any(graph.module_of(s) == graph.sink for s in made_from[n])}
     for node in graph.fx.nodes:
         if node.op == "output":
             continue
@@ -42,8 +44,12 @@ def sequences(graph: Graph, sequence_dims: Mapping[str, int]) -> None:
             if name in sequence_dims:
                 _set(node, sequence_dims[name], name)
             continue
-        late = any(graph.module_of(source) == graph.sink for source in made_from[node])
-        if late or not any(_sequence(source) is not None for source in node.all_input_nodes):
+        # Nothing is said of what a part of a module makes.
+        if node in late or graph.owner_of(node) is not None:
+            continue
+        if isinstance(node.target, Number) and not late.issuperset(node.users):
+            _check_number(node, node.target)
+        if not any(_sequence(source) is not None for source in node.all_input_nodes):
             continue
         found = _through(node)
         if found is not None:
@@ -53,6 +59,20 @@ def sequences(graph: Graph, sequence_dims: Mapping[str, int]) -> None:
                 f"{node.meta['line'] or node.name}: {_name(node)} on a value whose sequence is cut "
                 "may mix positions: each rank sees only some of them. Move it into a module that "
                 "the layouts name, and give sequence_dims the dim of its output."
+            )
+
+
+def _check_number(node: fx.Node, number: Number) -> None:
+    """Raise CaptureError for a size made from the length of an input that a rank sees a part of."""
+    for place, origin in number.origins.values():
+        source = node.args[place]
+        assert isinstance(source, fx.Node)
+        found = first_type(source.meta["types"])
+        if found is not None and found.sequence == origin.dim and axes_of(found.layout):
+            raise CaptureError(
+                f"{node.meta['line'] or node.name}: it reads the length of {source.name}, whose "
+                f"sequence {found.module} ({found.layout}) cuts: each rank sees only a part. Move "
+                "it into a module that the layouts name."
             )
 
 

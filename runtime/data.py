@@ -20,9 +20,11 @@ from torch.utils import _pytree as pytree
 from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.passes.graph import Graph
+from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.plan import Holding
 from colocc.passes.solve.solver import holdings
+from colocc.runtime.guards import check_guards
 from colocc.runtime.ragged import Ragged, RowsPerItem
 from colocc.sequence import axes_of, check_length, cuts, part_of
 
@@ -38,7 +40,7 @@ class Batches:
         graph: Graph,
         microbatches: Sequence[Mapping[str, Any]],
         rank: int,
-        batch_dims: Mapping[str, int],
+        batch_dims: BatchDims,
         optional: frozenset[str] = frozenset(),
         *,
         rows_per_item: Mapping[str, RowsPerItem] | None = None,
@@ -76,11 +78,11 @@ class Batches:
         parts = [self._cut(node, mb, start, stop) for mb, start, stop in runs or [(0, 0, 0)]]
         if len(parts) == 1:
             return parts[0]
-        dim = self.batch_dims.get(node.meta["path"][0], 0)
+        dim = dim_of(self.batch_dims, node.meta["path"][0])
 
         def join(*leaves: Any) -> Any:
-            same = not isinstance(leaves[0], torch.Tensor) or leaves[0].dim() <= dim
-            return leaves[0] if same else torch.cat(leaves, dim=dim)
+            whole = dim is not None and isinstance(leaves[0], torch.Tensor)
+            return torch.cat(leaves, dim=dim) if whole and leaves[0].dim() > dim else leaves[0]
 
         return pytree.tree_map(join, *parts)
 
@@ -92,14 +94,16 @@ class Batches:
 
     def _cut(self, node: fx.Node, microbatch: int, start: int, stop: int) -> Any:
         path = node.meta["path"]
-        dim = self.batch_dims.get(path[0], 0)
+        dim, name = dim_of(self.batch_dims, path[0]), ".".join(path)
         layout = self.graph.layouts[node.meta["module"]]
         sequence = self.graph.sequence_dims.get(path[0])
 
         def narrow(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or value.dim() <= dim:
+            if not isinstance(value, torch.Tensor):
                 return value
-            value = value.narrow(dim, start, stop - start)
+            if dim is not None and value.dim() > dim:
+                rows = rows_per_sample(name, value.shape[dim], self.size)
+                value = value.narrow(dim, start * rows, (stop - start) * rows)
             if sequence is None or value.dim() <= sequence:
                 return value
             return cut_sequence(value, sequence, layout, self.rank)
@@ -169,7 +173,7 @@ def sample_runs(holding: Holding, dp: int, microbatches: int, size: int, rank: i
 def check_batches(
     graph: Graph,
     microbatches: Sequence[Mapping[str, Any]],
-    batch_dims: Mapping[str, int],
+    batch_dims: BatchDims,
     optional: frozenset[str],
 ) -> int:
     """The samples of one global microbatch.
@@ -177,6 +181,7 @@ def check_batches(
     Raises: LayoutError for a missing, unknown or odd input.
     """
     paths = {node.meta["path"] for node in graph.placeholders()}
+    constants = {guard.path for guard in graph.guards.values} if graph.guards is not None else set()
     sizes: dict[int, tuple[str, int]] = {}
     for index, batch in enumerate(microbatches):
         if not isinstance(batch, Mapping):
@@ -191,16 +196,28 @@ def check_batches(
                     f"microbatch {index} lacks the input {'.'.join(path)}, which "
                     f"{graph.name}.forward reads; it has {have}"
                 )
-        _check_known(graph, index, batch, paths)
+        _check_known(graph, index, batch, paths | constants)
         for name, value in batch.items():
             items = [module for module in graph.rows if (name, module) in paths]
             if items and isinstance(value, Mapping):
                 value = {key: part for key, part in value.items() if key not in items}
-            _check_size(index, name, value, batch_dims.get(name, 0), sizes)
+            if not has_rows(batch_dims, str(name)):
+                _check_size(index, name, value, dim_of(batch_dims, str(name)), sizes)
     first = next(iter(sizes.values()), None)
     if first is None:
         raise LayoutError("the batch holds no tensor")
+    for index, batch in enumerate(microbatches):
+        _check_rows(index, batch, batch_dims, first[1])
+        check_guards(graph, batch, first[1], f"microbatch {index}")
     return first[1]
+
+
+def _check_rows(index: int, batch: Mapping[str, Any], batch_dims: BatchDims, samples: int) -> None:
+    """Raise LayoutError for an input of several rows per sample whose rows do not divide."""
+    for name, value in batch.items():
+        dim = dim_of(batch_dims, name)
+        if dim is not None and has_rows(batch_dims, name) and isinstance(value, torch.Tensor):
+            rows_per_sample(f"{name} of microbatch {index}", value.shape[dim], samples)
 
 
 def _check_known(
@@ -225,10 +242,10 @@ def _check_known(
 
 
 def _check_size(
-    index: int, name: str, value: Any, dim: int, sizes: dict[int, tuple[str, int]]
+    index: int, name: str, value: Any, dim: int | None, sizes: dict[int, tuple[str, int]]
 ) -> None:
     for path, tensor in tensors_of(value, (name,)):
-        if tensor.dim() <= dim:
+        if dim is None or tensor.dim() <= dim:
             continue
         here = (f"{'.'.join(path)} of microbatch {index}", tensor.shape[dim])
         first = sizes.setdefault(0, here)

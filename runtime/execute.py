@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from colocc.passes.capture import Method
-from colocc.passes.graph import Graph
-from colocc.passes.shapes import attribute
+from colocc.passes.graph import Graph, Method
+from colocc.runtime.guards import check_modes
+from colocc.runtime.nodes import call
 
 
 class Executor:
@@ -35,6 +35,7 @@ class Executor:
         noted: Callable[[str], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.model, self.redistributions, self.calls = model, redistributions, calls or {}
+        self.guards = graph.guards
         self.methods = methods or {}
         self.noted = noted or (lambda kind: nullcontext())
         self.nodes = [
@@ -57,31 +58,27 @@ class Executor:
         """Return the values of ``results``; ``values`` holds the inputs, and is used up.
 
         ``samples`` is the number of samples that all ranks together run.
+        Raises: CaptureError if a module is in another mode (train, eval) than the graph holds for.
         """
         self.samples = samples
+        check_modes(self.guards, self.model)
         for node in self.nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = self._call(node, args, kwargs)
+            values[node] = self._run(node, values)
             for spent in self.lets_go.get(node, ()):
                 del values[spent]
         return [values[node] for node in self.results]
 
-    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        target = node.target
+    def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.name in self.redistributions:
+            (source,) = node.all_input_nodes
             with self.noted("redistribute"):
                 if node.name in self.calls:
-                    return self.calls[node.name](*args)
-                return self.redistributions[node.name](*args, samples=self.samples)
-        if node.name in self.calls:
-            return self.calls[node.name](*args)
-        if isinstance(target, Method):
-            method = self.methods.get(target.name) or getattr(self.model, target.name)
-            return method(*args, **kwargs)
-        if node.op == "call_function":
-            return target(*args, **kwargs)  # type: ignore[operator]
-        if node.op == "call_method":
-            return getattr(args[0], str(target))(*args[1:], **kwargs)
-        if node.op == "get_attr":
-            return attribute(self.model, str(target))
-        return self.model.get_submodule(str(target))(*args, **kwargs)
+                    return self.calls[node.name](values[source])
+                return self.redistributions[node.name](values[source], samples=self.samples)
+        instead = self.calls.get(node.name)
+        if isinstance(node.target, Method):
+            instead = self.methods.get(node.target.name)
+        if instead is None:
+            return call(node, values, self.model)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        return instead(*args, **kwargs)

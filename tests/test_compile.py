@@ -14,9 +14,11 @@ from colocc.passes.graph import Graph
 from tests.harness import run_threads
 from tests.plain import (
     LAYOUTS,
+    ORDERS,
     Model,
     batch,
     contains,
+    layouts_of,
     model,
     refused,
 )
@@ -37,6 +39,18 @@ def test_layouts_of_different_sizes() -> None:
     layouts = {**LAYOUTS, "audio": Layout(tp=4)}
     text = refused(8, compiling(layouts))
     contains(text, "audio (tp4 dp1)", "= 4 ranks, the world has 8")
+
+
+def test_dp_sizes_that_do_not_divide_ask_for_a_batch_that_both_can_cut() -> None:
+    layouts = layouts_of(ORDERS[0], (2, 3), (6, 1), (3, 2))
+
+    def work(rank: int) -> None:
+        with colocc.compile(model(), layouts, example_inputs=batch()) as program:
+            program(**batch())
+
+    text = refused(6, work)
+    contains(text, "replicas of decoder 8", "vision (tp2 dp3) must cut into 3 equal parts")
+    contains(text, "8 % 3 = 2", "Make the step a multiple of 6 samples")
 
 
 def test_an_encoder_with_a_pipeline() -> None:

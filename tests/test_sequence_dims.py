@@ -182,3 +182,10 @@ def test_sequence_dims_that_cannot_be_are_refused_by_all(
         colocc.compile(model(), CUT, example_inputs=batch(), sequence_dims=dims)
 
     contains(refused(8, work), *parts)
+
+
+def test_a_sequence_where_the_samples_are_is_refused_by_all() -> None:
+    def work(rank: int) -> None:
+        colocc.compile(model(), CUT, example_inputs=batch(), sequence_dims={"mask": 0})
+
+    contains(refused(8, work), "sequence_dims has 'mask': 0", "the dim that holds its samples")

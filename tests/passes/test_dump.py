@@ -50,6 +50,9 @@ phase 2  language         1f1b over 2 stages, by microbatch
 
 phase 3  encode backward  audio and vision, all samples at once; then finalise once
 
+guard   images.shape[2] == 16   vision takes no other
+guard   clips.shape[2] == 4     audio takes no other
+
 moved   fwd 320 B, bwd 1.56 KiB per receiving rank for a batch of 8, 3 collectives per step
 bound   fwd 320 B, bwd 1.56 KiB
 """,
@@ -81,6 +84,8 @@ phase 2  language         by microbatch
   return %language
 
 phase 3  encode backward  vision, all samples at once; then finalise once
+
+guard   images.shape[2] == 16   vision takes no other
 
 moved   fwd 320 B, bwd 0 B per receiving rank for a batch of 8, 1 collective per step
 bound   fwd 320 B, bwd 0 B

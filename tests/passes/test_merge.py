@@ -66,7 +66,7 @@ class Model(nn.Module):
 
 def merged(layouts: dict[str, Layout], **options: Any) -> Graph:
     model = Model(**options)
-    graph = propagate(capture(model, layouts, traits=TRAITS), model=model, traits=TRAITS)
+    graph = propagate(capture(model, layouts, traits=TRAITS), traits=TRAITS)
     graph.rows = dict(TRAITS.rows)
     return merge(graph, traits=TRAITS)
 

@@ -24,7 +24,7 @@ from tests.passes.kit import (
 
 def placed(model: nn.Module, layouts: dict[str, Layout], batch: dict[str, torch.Tensor]) -> str:
     graph = capture(model, layouts, example_inputs=batch)
-    graph = propagate(graph, model=model, example_inputs=batch)
+    graph = propagate(graph)
     return "\n".join(f"{n.name}: {n.meta['module']}" for n in graph.fx.nodes)
 
 
@@ -83,8 +83,8 @@ output: language""",
 
 
 def test_the_sink_is_what_no_other_module_reads() -> None:
-    assert find_sink(capture(Trio(), TRIO_LAYOUTS)) == "language"
-    assert find_sink(capture(Pair(), dict(reversed(PAIR_LAYOUTS.items())))) == "language"
+    assert find_sink(capture(Trio(), TRIO_LAYOUTS), {}) == "language"
+    assert find_sink(capture(Pair(), dict(reversed(PAIR_LAYOUTS.items()))), {}) == "language"
 
 
 class Idle(Pair):

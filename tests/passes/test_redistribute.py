@@ -10,7 +10,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
-from colocc.errors import LayoutError
+from colocc.errors import CaptureError, LayoutError
 from colocc.layout import Layout
 from colocc.passes import run
 from colocc.passes.redistribute import PREFIX, is_redistribution
@@ -96,13 +96,12 @@ class Chain(Trio):
 def test_between_two_encoders_layouts_may_differ() -> None:
     layouts = {
         "vision": Layout(tp=2, dp=4),
-        "audio": Layout(tp=4, dp=2),
+        "audio": Layout(tp=8),
         "language": Layout(tp=4, dp=2),
     }
     graph = graph_of(Chain(), layouts, {"images": TRIO_BATCH["images"]})
-    # The audio encoder has the language model's layout, so what it reads is all that moves.
-    assert list(graph.plans) == ["getitem_audio"]
-    (plan,) = graph.plans.values()
+    assert list(graph.plans) == ["getitem_audio", "audio_language"]
+    plan = graph.plans["getitem_audio"]
     assert (plan.src.module, plan.dst.module) == ("vision", "audio")
     layouts["audio"] = layouts["vision"]
     graph = graph_of(Chain(), layouts, {"images": TRIO_BATCH["images"]})
@@ -135,17 +134,12 @@ class Sum(nn.Linear):
         return super().forward(pair[0] + pair[1])
 
 
-def test_a_value_that_is_not_one_tensor_is_refused() -> None:
+def test_the_parts_of_a_value_that_is_not_one_tensor_are_moved_one_by_one() -> None:
     model = Pair()
     model.vision, model.language = Both(16, 8), Sum(8, 8)
     layouts = {"vision": Layout(tp=2, dp=4), "language": Layout(tp=4, dp=2)}
-    call = lambda: graph_of(model, layouts, {"images": torch.zeros(8, 16)})  # noqa: E731
-    assert_expected_inline(
-        refusal(LayoutError, call),
-        """\
-language on language (tp4 dp2) reads vision of vision (tp2 dp4), which is not one tensor. Read
-    its parts one by one, or give vision and language one layout.""",
-    )
+    graph = graph_of(model, layouts, {"images": torch.zeros(8, 16)})
+    assert list(graph.plans) == ["getitem_language", "getitem_1_language"]
 
 
 def test_layouts_whose_dp_do_not_divide_are_bridged() -> None:
@@ -244,3 +238,58 @@ class Named(Pair):
     def forward(self, images: torch.Tensor, mul_language: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.language(self.vision(images) * mul_language)
         return out
+
+
+class Averaged(Pair):
+    """Glue before the reader computes with the length of an input."""
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.vision(images) * mask.unsqueeze(-1) / mask.shape[1]
+        out: torch.Tensor = self.language(x)
+        return out
+
+
+def test_a_length_that_is_cut_is_refused_before_the_reader() -> None:
+    glue = {"vision": Layout(tp=2, cp=2, dp=2), "language": CUT["language"]}
+    with pytest.raises(CaptureError, match=r"reads the length of (images|mask), whose sequence"):
+        graph_of(Averaged(), glue, LONG, sequence_dims={"vision": 1, "images": 1, "mask": 1})
+    # Nothing cuts the mask where the glue runs.
+    graph = graph_of(Averaged(), CUT, LONG, sequence_dims={"vision": 1, "mask": 1})
+    assert len(graph.plans) == 1
+
+
+class Loss(Pair):
+    """The user's own loss, of this rank's part, takes lengths as they are here."""
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.language(self.vision(images)) * mask.unsqueeze(-1)
+        return out.reshape(mask.shape[0] * mask.shape[1], -1)
+
+
+def test_a_length_that_is_cut_is_local_behind_the_reader() -> None:
+    graph = graph_of(Loss(), CUT, LONG, sequence_dims={"vision": 1, "mask": 1})
+    assert len(graph.plans) == 1
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.projector, self.language = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.language(self.projector(self.vision(images)))
+        return out
+
+
+@pytest.mark.parametrize("sp", [False, True])
+def test_a_projector_runs_with_its_reader_where_both_cut_the_sequence_alike(sp: bool) -> None:
+    layouts = {
+        "vision": Layout(tp=8),
+        "projector": Layout(tp=2, dp=4),
+        "language": Layout(tp=2, dp=4, sp=sp),
+    }
+    batch = {"images": torch.zeros(8, 16, 8)}
+    lengths = {"vision": 1, "projector": 1}
+    graph = graph_of(Projected(), layouts, batch, sequence_dims=lengths)
+    assert graph.home("projector") == ("projector" if sp else "language")
+    assert len(graph.plans) == (2 if sp else 1)

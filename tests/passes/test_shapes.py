@@ -61,7 +61,7 @@ def test_a_shape_that_fits_one_batch_size_only_is_refused() -> None:
     with pytest.raises(CaptureError) as info:
         pair_graph(lambda x, mask: x.view(8, 40).view(8, 5, 8))
     assert "passes/test_shapes.py:" in str(info.value)
-    assert "seen while finding shapes for a batch of 2x the example's size" in str(info.value)
+    assert "view fixes the number of samples to the example's 8" in str(info.value)
 
 
 def test_nothing_is_computed_and_no_module_changes() -> None:

@@ -101,15 +101,15 @@ def test_a_value_is_let_go_after_its_last_reader() -> None:
     encode, _ = executors(graph, model)
     made: dict[str, weakref.ref[Tensor]] = {}
     alive: dict[str, list[str]] = {}
-    call = encode._call
+    run = encode._run
 
-    def watched(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def watched(node: fx.Node, values: Any) -> Any:
         alive[node.name] = [n for n, ref in made.items() if ref() is not None and n != "bias"]
-        value = call(node, args, kwargs)
+        value = run(node, values)
         made[node.name] = weakref.ref(value)
         return value
 
-    encode._call = watched  # type: ignore[method-assign]
+    encode._run = watched  # type: ignore[method-assign]
     values = inputs(graph)
     with torch.no_grad():
         crossing = encode(values, samples=4)

@@ -1,0 +1,82 @@
+"""Values inside containers: mappings, sequences, dataclasses, and what is built from them again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+Step = tuple[str, Any]
+"""One step into a container: ("item", key or index) or ("field", name)."""
+
+
+def children(value: Any) -> list[tuple[Step, Any]] | None:
+    """The parts of a container with the steps to them; None for any other value."""
+    if isinstance(value, Mapping):
+        return [(("item", key), item) for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [(("item", index), item) for index, item in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f.name for f in dataclasses.fields(value)]
+        return [(("field", name), getattr(value, name)) for name in fields]
+    return None
+
+
+def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change`` applied to each of its parts; a container of the same kind."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: change(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, Mapping):
+        items = {key: change(item) for key, item in value.items()}
+        if type(value) is dict:
+            return items
+        made: Any = copy.copy(value)
+        for key, item in items.items():
+            made[key] = item
+        return made
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(change(item) for item in value))
+    parts = [change(item) for item in value]
+    return tuple(parts) if isinstance(value, tuple) else parts
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a value, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    for _, part in children(value) or []:
+        yield from tensors_in(part)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an FX argument can hold this container as it is."""
+    return type(value) in (dict, list, tuple, slice)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The place of the argument ``index`` in a template."""
+
+    index: int
+
+
+class Rebuilt:
+    """A container of the user's own kind, made from values of the graph: the target of a node."""
+
+    def __init__(self, template: Any) -> None:
+        self.template = template
+        self.__name__ = type(template).__name__
+        self.is_record = dataclasses.is_dataclass(template)
+
+    def __call__(self, *values: Any) -> Any:
+        def fill(part: Any) -> Any:
+            if isinstance(part, Slot):
+                return values[part.index]
+            return part if children(part) is None else rebuilt(part, fill)
+
+        return fill(self.template)

@@ -1,0 +1,173 @@
+"""Covers docs/models.md: models that nobody here wrote, compiled and trained on their layouts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import colocc
+from colocc import Layout, Rows
+from colocc.testing import float64, relative_l2
+from tests.harness import run_threads
+from tests.hf import (
+    llava,
+    llava_batch,
+    qwen_vl,
+    qwen_vl_batch,
+    two_eyes,
+    two_eyes_batch,
+    voxtral,
+    voxtral_batch,
+)
+
+EXACT = 1e-10
+WIDE, TEXT = Layout(dp=8), Layout(tp=2, dp=4)
+STEPS = 3
+
+Batch = dict[str, Any]
+
+
+def loss_of(output: Any) -> Tensor:
+    loss: Tensor = output["loss"]
+    return loss
+
+
+def step_alone(model: nn.Module, batches: Sequence[Batch]) -> list[tuple[float, dict[str, Tensor]]]:
+    """Loss and gradients of each step, of the model in one process."""
+    whole = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    seen = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = loss_of(whole(**batch))
+        loss.backward()
+        seen.append((float(loss.detach()), grads(whole)))
+        optimizer.step()
+    return seen
+
+
+def grads(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.replace(".module.", ".").removeprefix("module."): weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
+
+
+def error(value: Tensor, reference: Tensor) -> float:
+    """Relative L2; absolute where the reference is zero but for rounding (a key's bias)."""
+    if reference.norm() <= 1e-12 * reference.numel() ** 0.5:
+        return float(value.norm())
+    return relative_l2(value, reference)
+
+
+def wrap(model: nn.Module, layouts: Mapping[str, Layout], groups: colocc.ProcessGroups) -> None:
+    """Each module with something to train in torch's DDP, over its own dp group."""
+    for path in layouts:
+        module = model.get_submodule(path)
+        if any(weight.requires_grad for weight in module.parameters()):
+            parent, _, name = path.rpartition(".")
+            owner = model.get_submodule(parent) if parent else model
+            setattr(owner, name, DistributedDataParallel(module, process_group=groups[path].dp))
+
+
+def check_trained(
+    model: nn.Module,
+    layouts: Mapping[str, Layout],
+    batches: Sequence[Batch],
+    **options: Any,
+) -> str:
+    """Train on 8 ranks, compare each step with one process; return the program's page."""
+
+    def main(rank: int) -> tuple[list[tuple[float, dict[str, Tensor]]], str]:
+        mine, seen = copy.deepcopy(model), []
+        with (
+            float64(),
+            colocc.process_groups(layouts) as groups,
+            colocc.compile(
+                mine, layouts, groups=groups, example_inputs=batches[0], **options
+            ) as program,
+        ):
+            wrap(mine, layouts, groups)
+            optimizer = torch.optim.SGD(mine.parameters(), lr=0.1)
+            for batch in batches:
+                optimizer.zero_grad()
+                loss = loss_of(program(**batch))
+                loss.backward()
+                total = loss.detach().clone()
+                torch.distributed.all_reduce(total)
+                seen.append((float(total) / 8, grads(mine)))
+                optimizer.step()
+            return seen, str(program)
+
+    with float64():
+        wanted = step_alone(model, batches)
+        results = run_threads(8, main, timeout=120)
+    for rank, (seen, _) in enumerate(results):
+        for step, ((loss, got), (right, gradients)) in enumerate(zip(seen, wanted, strict=True)):
+            assert abs(loss - right) < EXACT * abs(right), (rank, step)
+            assert got.keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                assert error(got[name], gradient) < EXACT, (rank, step, name)
+    return results[0][1]
+
+
+LLAVA = {
+    "model.vision_tower": WIDE,
+    "model.multi_modal_projector": WIDE,
+    "model.language_model": TEXT,
+    "lm_head": TEXT,
+}
+
+
+@pytest.mark.parametrize(("vision", "projector"), [("clip", WIDE), ("siglip", TEXT)])
+def test_llava(vision: str, projector: Layout) -> None:
+    layouts = {**LLAVA, "model.multi_modal_projector": projector}
+    page = check_trained(llava(vision), layouts, [llava_batch(step) for step in range(STEPS)])
+    assert page.count("\n+ %") == 1
+
+
+def test_two_vision_encoders_of_different_layouts() -> None:
+    layouts = {
+        "near": WIDE,
+        "far": Layout(tp=4, dp=2),
+        "projector": TEXT,
+        "language": TEXT,
+        "head": TEXT,
+    }
+    page = check_trained(two_eyes(), layouts, [two_eyes_batch(step) for step in range(STEPS)])
+    assert page.count("\n+ %") == 2
+
+
+def test_two_vision_encoders_of_which_one_is_frozen() -> None:
+    layouts = {"near": WIDE, "far": TEXT, "projector": TEXT, "language": TEXT, "head": TEXT}
+    model = two_eyes()
+    model.get_submodule("near").requires_grad_(False)
+    check_trained(model, layouts, [two_eyes_batch(step) for step in range(STEPS)])
+
+
+def test_qwen_vl_whose_images_are_rows_of_patches() -> None:
+    layouts = {"model.visual": WIDE, "model.language_model": TEXT, "lm_head": TEXT}
+    page = check_trained(
+        qwen_vl(),
+        layouts,
+        [qwen_vl_batch(step) for step in range(STEPS)],
+        batch_dims={"position_ids": 1, "pixel_values": Rows()},
+    )
+    assert "f64[8*16@dp,12]" in page and "i64[3,8@dp,12]" in page
+
+
+def test_voxtral() -> None:
+    layouts = {
+        "model.audio_tower": WIDE,
+        "model.multi_modal_projector": TEXT,
+        "model.language_model": TEXT,
+        "lm_head": TEXT,
+    }
+    check_trained(voxtral(), layouts, [voxtral_batch(step) for step in range(STEPS)])
