@@ -92,12 +92,10 @@ bound   fwd 768 B, bwd 3.75 KiB
     expecttest.assert_expected_inline(
         table,
         """\
-%images_language  fan_in  parts of 4 of the step's samples held by each rank, 1 of the position
-rank                0     1     2     3     4     5     6     7
-images              0:1   0:1   2:3   2:3   1:2   1:2   3:4   3:4
-images position     0:1   0:1   0:1   0:1   0:1   0:1   0:1   0:1
-language            0:2   0:2   2:4   2:4   -     -     -     -
-language position   0:1   0:1   0:1   0:1   -     -     -     -
+%images_language  fan_in  parts of 4 of the step's samples held by each rank
+rank       0     1     2     3     4     5     6     7
+images     0:1   0:1   2:3   2:3   1:2   1:2   3:4   3:4
+language   0:2   0:2   2:4   2:4   -     -     -     -
 """,
     )
 
