@@ -107,7 +107,7 @@ def test_a_cut_sequence_and_dp_that_do_not_divide() -> None:
     assert_expected_inline(
         page(cut_graph()),
         """\
-graph Pair    world 12    after 4/5 phases
+graph Pair    world 12    after 5/6 phases
 
 layouts
   vision     tp4 dp3                 tp = r%4   dp = r//4
@@ -130,6 +130,8 @@ phase 2  language         by microbatch
   return %language
 
 phase 3  encode backward  vision, all samples at once; then finalise once
+
+guard   images.shape[2] == 16   vision takes no other
 
 moved   fwd 512 B, bwd 2.75 KiB per receiving rank for a batch of 12, 2 collectives per step
 bound   fwd 512 B, bwd 2.75 KiB
