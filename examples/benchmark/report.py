@@ -26,11 +26,17 @@ def median(result: Result, arm: str) -> float | None:
 
 
 def ratio(result: Result, arm: str, base: str) -> tuple[float, float] | None:
-    """The median of step by step time ratios arm / base, and half of what the middle half spans."""
+    """The median of time ratios arm / base, and half of what the middle half spans.
+
+    Step by step where both took turns; an arm with a model of its own ran at another time, and is
+    compared with the median of ``base``.
+    """
     if median(result, arm) is None or median(result, base) is None:
         return None
-    pairs = zip(result["arms"][arm]["seconds"], result["arms"][base]["seconds"], strict=True)
-    ratios = [one / other for one, other in pairs]
+    ones, others = (result["arms"][name]["seconds"] for name in (arm, base))
+    if arm.startswith("first_stage") != base.startswith("first_stage"):
+        others = [statistics.median(others)] * len(ones)
+    ratios = [one / other for one, other in zip(ones, others, strict=True)]
     return statistics.median(ratios), _half_spread(ratios)
 
 
@@ -135,7 +141,7 @@ def markdown(results: list[Result]) -> str:
 
 PAGE = """# Results
 
-Written by `python -m examples.benchmark {sets}--page RESULTS.md` (see `examples/benchmark`).
+Written by `python -m examples.benchmark {sets}--page FILE`.
 
 ## Measured
 

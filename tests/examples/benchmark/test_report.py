@@ -37,6 +37,11 @@ def test_ratios_are_of_steps_that_took_turns() -> None:
     assert found == (0.5, 0.0)
 
 
+def test_an_arm_that_took_no_turns_is_compared_with_the_median() -> None:
+    measured = {"first_stage=2": arm(3, 3), "three_phase": arm(1, 2, 6)}
+    assert report.ratio(result(**measured), "first_stage=2", "three_phase") == (1.5, 0.0)
+
+
 def test_an_arm_that_failed_has_no_ratio() -> None:
     failed = result(one=arm(1.0), other={"failed": "out of memory"})
     assert report.ratio(failed, "one", "other") is None
