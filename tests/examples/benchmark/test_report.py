@@ -38,7 +38,7 @@ def test_ratios_are_of_steps_that_took_turns() -> None:
 
 
 def test_an_arm_that_took_no_turns_is_compared_with_the_median() -> None:
-    measured = {"first_stage=2": arm(3, 3), "three_phase": arm(1, 2, 6)}
+    measured: dict[str, Any] = {"first_stage=2": arm(3, 3), "three_phase": arm(1, 2, 6)}
     assert report.ratio(result(**measured), "first_stage=2", "three_phase") == (1.5, 0.0)
 
 
