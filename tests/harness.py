@@ -7,6 +7,7 @@ note, and raise TimeoutError naming the ranks that hang.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -291,7 +292,10 @@ def _answer(task: bytes, store: str, rank: int, world: int, timeout: float) -> b
 
 
 def _leave_world() -> None:
-    """Destroy the default group and what Megatron keeps in its modules."""
+    """Destroy the default group and what Megatron keeps in its modules.
+
+    Models and their groups go in cycles; groups that are left over keep their threads.
+    """
     from megatron.core import num_microbatches_calculator, parallel_state
     from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
     from megatron.core.tensor_parallel import random
@@ -302,5 +306,6 @@ def _leave_world() -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     BridgeCommunicator._broadcast_pg_cache.clear()
     BridgeCommunicator._bridge_pg_cache.clear()
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
