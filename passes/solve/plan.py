@@ -216,6 +216,7 @@ class Plan:
     replicas, or a sum), and the product must be one. ``where`` are the solved relations between the
     coordinates of both sides. ``value`` is the type of the source's value, where it is known.
     ``reasons`` say why a direction takes more than one collective, or more bytes than its bound.
+    ``ranks_per_node`` are the nodes that it spares, None where it was solved without.
     """
 
     src: Holding
@@ -230,6 +231,7 @@ class Plan:
     scale: Fraction = Fraction(1)
     value: Type | None = None
     reasons: tuple[str, ...] = ()
+    ranks_per_node: int | None = None
 
     @property
     def units(self) -> int:
