@@ -123,18 +123,14 @@ class Layout:
 
     def coordinate(self, axis: str) -> sympy.Expr:
         """The coordinate of rank ``RANK`` on ``axis`` as an expression, simplified."""
-        stride, size = self.stride(axis), self.sizes[axis]
-        if size == 1:
-            return sympy.Integer(0)
-        steps = RANK if stride == 1 else sympy.floor(RANK / stride)
-        return steps if stride * size == self.size else sympy.Mod(steps, size)
+        return _coordinate(self.stride(axis), self.sizes[axis], self.size)
 
     def coordinates(self, axis: str) -> Ranks:
         """The coordinate of every rank on ``axis``.
 
         Shapes: [size], int64, read-only.
         """
-        return _evaluate(self.coordinate(axis), self.size)
+        return _coordinates(self, axis)
 
     def rank(self, **coords: int | Ranks) -> int | Ranks:
         """The rank at these coordinates, 0 on axes left out; arrays broadcast."""
@@ -321,6 +317,19 @@ def closed_form(expr: sympy.Expr, name: str = "r") -> str:
 def _operand(expr: sympy.Expr, name: str) -> str:
     text = closed_form(expr, name)
     return f"({text})" if isinstance(expr, sympy.Add) else text
+
+
+@lru_cache(maxsize=1024)
+def _coordinate(stride: int, size: int, world: int) -> sympy.Expr:
+    if size == 1:
+        return sympy.Integer(0)
+    steps = RANK if stride == 1 else sympy.floor(RANK / stride)
+    return steps if stride * size == world else sympy.Mod(steps, size)
+
+
+@lru_cache(maxsize=1024)
+def _coordinates(layout: Layout, axis: str) -> Ranks:
+    return _evaluate(layout.coordinate(axis), layout.size)
 
 
 @lru_cache(maxsize=256)

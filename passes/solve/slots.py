@@ -133,6 +133,16 @@ def _solve(
     hold."""
     # One rank more never outweighs a saving.
     value = saves * (int(ranks.sum()) * units + 1) + ranks
+    return _vertex(slot.tobytes(), replica.tobytes(), value.tobytes(), sizes, units)
+
+
+@lru_cache(maxsize=1024)
+def _vertex(
+    slots: bytes, replicas: bytes, values: bytes, sizes: tuple[int, int], units: int
+) -> tuple[Counts, Counts, Counts]:
+    """The table of most value; the arguments are int64 arrays as bytes, since layouts that differ
+    only in what no table sees come to one problem."""
+    slot, replica, value = (np.frombuffer(a, np.int64) for a in (slots, replicas, values))
     if sizes[0] * sizes[1] <= DENSE:
         full = np.zeros(sizes, dtype=np.int64)
         full[slot, replica] = value
