@@ -1,163 +1,273 @@
-"""Prove one plan: walk every rank's sample units through its steps and look at what arrives.
+"""Prove one plan: walk every rank's cells through its steps and look at what arrives.
 
-Nothing of the planner is imported, so a mistake there cannot hide here. What is proved, for the
-layouts at hand and every batch whose samples divide by ``plan.units``:
+Nothing of the planner is imported, only the dataclasses of a plan, so a mistake there cannot hide
+here. Proved, for the layouts at hand and every batch whose samples divide by ``plan.units``:
 
-- the slots cut the step's samples: each unit is in one slot, every slot is equally long;
-- what the plan says of its reader is what the reader's layout says;
-- forward, each reader ends with the samples of its own dp replica, all of them, once, in order, and
-  a rank of another stage ends with nothing;
-- backward, each source rank ends with the gradient of exactly the samples that it holds, each
-  exactly once, taken from a rank that has the gradient (not zero copies, not tp of them), in order:
-  the transpose of forward where the gradient of a replicated value is replicated;
-- each unit comes from the rank itself or one of its own tp and cp coordinates where it is held, so
-  replicas share the load and a rank's gradient starts from its own copy;
-- every step changes something, every group is ascending, groups of a step share no rank, and
-  nothing is sent outside its group, so every rank issues the same collectives in the same order
-  whatever the data.
+Ends        The slots of samples tile the step's units, equally long, and those of the module that
+            orders the samples are in its order. Every other word about who holds what is what the
+            layouts say by definition (ends.py): cut of the sequence, stages, axes of partial
+            gradients. The grid is the coarsest that has all borders.
+Forward     Every rank ends with exactly the cells of its box, each once; a rank that reads nothing
+            ends with nothing. A cell has one value wherever it is held, so this is the map
+            F: x -> (x on the box of rank r) for each reader r.
+Backward    Readers are in classes: one for each coordinate on ``dst.partial``, in which all ranks
+            that hold a cell have the same gradient of it, and different classes have summands of
+            it. Every source rank ends, for each cell of its box, with exactly one copy of the
+            summand of each class: not zero, not one for every tp rank. That is the transpose of F
+            with one reader of each class, which the gradient of the global tensor is.
+Frugality   A rank keeps the cells that it has, and takes what it lacks once: what it receives is
+            what it needs less what it has. Between two steps it holds no more than it uses. It
+            takes cells from the holder of its own lane, the one with its own coordinates on all
+            axes over which the value is replicated (of another lane only where only that is on its
+            node). So replicas share the load.
+Collectives Groups are ascending, disjoint, in order, and no larger than the exchange; nothing is
+            sent outside; a step is of the kind that it is called, and changes something. A plan is
+            one list of steps for all ranks and holds no data, so every rank issues the same
+            collectives in the same order whatever the data.
+Words       Scale, type of the value, kind, ratio, the printed closed forms (forms.py), and a reason
+            for each direction with more than one collective or more bytes than its bound.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
 
 from colocc.errors import VerifyError
-from colocc.passes.solve.plan import Holding, Plan, Step
+from colocc.layout import Layout
+from colocc.passes.solve import walk
+from colocc.passes.solve.ends import ALL_DIMS, End, Ints, check_holding, expected_grid
+from colocc.passes.solve.forms import check_forms
+from colocc.passes.solve.plan import Plan, Step
+from colocc.passes.solve.walk import COMMUNICATES, Pieces, State
+from colocc.types import ITEMSIZE, UNKNOWN, Type
 
-Buffer = list[int]
+SHOWN = 8
 
 
-def check(plan: Plan, *, scale: Fraction | None = None) -> None:
-    """Return if ``plan`` is right; ``scale``, if given, is what its gradient must be scaled by.
+def check(
+    plan: Plan,
+    *,
+    scale: Fraction | None = None,
+    value: Type | None = None,
+    sink: tuple[str, Layout] | None = None,
+) -> None:
+    """Return if ``plan`` is right.
+
+    ``scale`` and ``value``, if given, are what its gradient must be scaled by and what it must
+    carry. ``sink`` is the module whose replicas order the samples, the reader if not given.
 
     Raises: VerifyError naming the first rank that ends with something else, and what.
     """
     try:
-        _check_slots(plan)
-        _check_reader(plan)
-        _check_direction("forward", plan.forward, plan.src, plan.dst)
-        _check_direction("backward", plan.backward, plan.dst, plan.src)
-        if scale is not None and plan.scale != scale:
-            raise VerifyError(f"the gradient is scaled by {plan.scale}, not by {scale}")
-    except (VerifyError, IndexError, ValueError) as error:
+        _check_words(plan, scale, value)
+        ends = _check_ends(plan, sink or (plan.dst.module, plan.dst.layout))
+        for name, steps, start, end in (
+            ("forward", plan.forward, ends[0], ends[1]),
+            ("backward", plan.backward, ends[1], ends[0]),
+        ):
+            _check_direction(plan, name, steps, start, end)
+        check_forms(plan)
+    except VerifyError as error:
         raise VerifyError(
             f"plan {plan.src.module} ({plan.src.layout}) -> {plan.dst.module} ({plan.dst.layout}) "
             f"is wrong: {error}. This is a bug in colocc: please report it with the dump."
         ) from error
 
 
-def _check_slots(plan: Plan) -> None:
-    lengths = set()
-    seen: Buffer = []
-    for slot in plan.src.slots:
-        units = _expand(slot)
-        lengths.add(len(units))
-        seen += units
-    if sorted(seen) != list(range(plan.units)):
-        raise VerifyError(
-            f"the slots hold units {sorted(seen)}, the step has 0 to {plan.units - 1}"
-        )
-    if len(plan.src.slots) != plan.src.layout.dp or len(lengths) != 1:
-        raise VerifyError(f"{plan.src.layout.dp} equal slots wanted, their lengths are {lengths}")
+def _check_words(plan: Plan, scale: Fraction | None, value: Type | None) -> None:
+    if scale is not None and plan.scale != scale:
+        raise VerifyError(f"the gradient is scaled by {plan.scale}, not by {scale}")
+    src, dst = plan.src.layout.dp, plan.dst.layout.dp
+    kind = "fan_in" if src > dst else "fan_out" if src < dst else "equal"
+    ratio = Fraction(max(src, dst), min(src, dst))
+    if (plan.kind, plan.ratio) != (kind, ratio):
+        raise VerifyError(f"dp{src} -> dp{dst} is {kind} x{ratio}, not {plan.kind} x{plan.ratio}")
+    if value is not None and plan.value != value:
+        raise VerifyError(f"it carries {plan.value}, not {value}")
+    carried = plan.value
+    if carried is None:
+        return
+    if carried.dtype not in {UNKNOWN, *ITEMSIZE}:
+        raise VerifyError(f"{carried.dtype} is no dtype")
+    if (carried.module, carried.layout) != (plan.src.module, plan.src.layout):
+        raise VerifyError(f"its value is of {carried.module} ({carried.layout})")
 
 
-def _check_reader(plan: Plan) -> None:
-    for rank, (says, want) in enumerate(zip(_buffers(plan.dst), _wanted(plan), strict=True)):
-        if says != want:
-            raise VerifyError(f"rank {rank} is said to read units {says}, it needs {want}")
-    if len(plan.dst.slots) != plan.dst.layout.dp:
-        raise VerifyError(f"{plan.dst.layout.dp} slots read, the plan has {len(plan.dst.slots)}")
+def _check_ends(plan: Plan, sink: tuple[str, Layout]) -> tuple[End, End]:
+    src, dst = plan.src, plan.dst
+    if src.layout.size != dst.layout.size or src.layout.pp != 1:
+        raise VerifyError("both sides must be on the same ranks, and the source at pp1")
+    sliced = plan.dims[-1] == "slice"
+    dims = plan.dims[:-1] if sliced else plan.dims
+    if dims not in ALL_DIMS or len(plan.grid) != len(plan.dims):
+        raise VerifyError(f"a grid {list(plan.grid)} over {list(plan.dims)}")
+    grid = expected_grid(src.layout, dst.layout, sink[1], dims)
+    if sliced:
+        # Slices are cut by the steps alone, and so these say how many there are.
+        moves = [step.moves for step in plan.forward + plan.backward if len(step.moves)]
+        edges = [int(edge) for m in moves for a in (m.low, m.high) for edge in np.unique(a[:, -1])]
+        grid = (*grid, plan.grid[-1] // max(1, gcd(plan.grid[-1], *edges)))
+    if plan.grid != grid or (sliced and grid[-1] < 2):
+        raise VerifyError(f"the grid is {list(plan.grid)}, the coarsest that fits is {list(grid)}")
+    for side, holding in enumerate((src, dst)):
+        ordered = (holding.module, holding.layout) == sink
+        check_holding(holding, side, plan.dims, plan.grid, ordered=ordered)
+    return End.of(src), End.of(dst)
 
 
-def _check_direction(name: str, steps: tuple[Step, ...], start: Holding, end: Holding) -> None:
-    buffers = [[(unit, rank) for unit in held] for rank, held in enumerate(_buffers(start))]
-    for step in steps:
-        _check_groups(step, len(buffers))
-        after = run(step, buffers)
-        if after == buffers:
-            raise VerifyError(f"{name}, a {step.kind} changes nothing")
-        buffers = after
-    lanes = [start.layout.coordinates(axis).tolist() for axis in ("tp", "cp")]
-    for rank, (got, want) in enumerate(zip(buffers, _buffers(end), strict=True)):
-        units = [unit for unit, _ in got]
-        if units != want:
-            raise VerifyError(f"{name}, rank {rank} ends with units {units}, it needs {want}")
-        for unit, origin in got:
-            if any(lane[origin] != lane[rank] for lane in lanes):
-                raise VerifyError(
-                    f"{name}, rank {rank} takes unit {unit} from rank {origin}, which has another "
-                    f"tp or cp coordinate in {start.layout}"
-                )
+def _check_direction(plan: Plan, name: str, steps: tuple[Step, ...], start: End, end: End) -> None:
+    try:
+        first = state = walk.start(start)
+        ranks = len(start.place)
+        got, cost = np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
+        for index, step in enumerate(steps):
+            if index and len(steps[index - 1].moves) and len(step.moves):
+                walk.check_all_used(step.moves, state)
+            after = walk.take_step(step, state, start, plan.grid)
+            taken = walk.received(step, state, after)
+            got += taken
+            cost += _cost(step, taken, state)
+            _check_lanes(step, state, first, start, plan.ranks_per_node)
+            state = after
+        _check_end(plan, state, start, end)
+        need = walk.volumes(end)
+        lack = need * start.summands - walk.shared(end, first, start.summands)
+        _check_frugal(steps, got, cost, lack)
+        # Of a sum a rank must receive something, whichever summand it has itself.
+        _check_reasons(plan, name, steps, cost > (lack if start.summands == 1 else need))
+    except VerifyError as error:
+        raise VerifyError(f"{name}, {error}") from error
 
 
-def _check_groups(step: Step, world: int) -> None:
-    members: list[int] = []
-    for group in step.groups:
-        if list(group) != sorted(set(group)) or not set(group) <= set(range(world)):
-            raise VerifyError(f"group {list(group)} is not an ascending set of ranks")
-        members += group
-    if len(members) != len(set(members)):
-        raise VerifyError(f"a rank is in two groups of one {step.kind}: {step.groups}")
-    if (step.kind == "narrow") != (not step.groups):
-        raise VerifyError(f"{step.kind} over groups {step.groups}")
+def _check_end(plan: Plan, state: State, start: End, end: End) -> None:
+    """Every rank holds its box at ``end``, each cell once, with every summand once."""
+    _, first, where = np.unique(state.buffer, return_index=True, return_inverse=True)
+    # Ranks that share a buffer need the same box.
+    wrong = np.flatnonzero(end.place != end.place[first[where]])[:1].tolist()
+    zeros = np.zeros(len(first), dtype=np.int64)
+    need = walk.boxes(end, first, zeros, zeros + start.summands)
+    place = np.searchsorted(state.buffer[first], state.pieces.owner)
+    held = replace(state.pieces, owner=place)
+    differs = walk.differs(held, need, len(first))
+    if differs is not None:
+        wrong.append(int(first[differs]))
+    if not wrong:
+        return
+    rank = min(wrong)
+    own = state.pieces.of(int(state.buffer[rank]))
+    need = walk.boxes(end, np.array([rank]), zeros[:1], zeros[:1] + start.summands)
+    raise VerifyError(
+        f"rank {rank} ends with {_spell(own, plan.dims, start.summands)}, it needs "
+        f"{_spell(need, plan.dims, start.summands)}"
+    )
 
 
-def run[T](step: Step, buffers: list[list[T]]) -> list[list[T]]:
-    """What every rank holds after ``step``, from what every rank held before it."""
+def _spell(pieces: Pieces, dims: tuple[str, ...], summands: int) -> str:
+    """Pieces as text: ``sample 0:2``, ``sample 0:1 sequence 2:3``; touching ones joined."""
+    names = (*dims, "summand") if summands > 1 else dims
+    rows = sorted(zip(pieces.low.tolist(), pieces.high.tolist(), strict=True))
+    joined: list[tuple[list[int], list[int]]] = []
+    for low, high in rows:
+        before = joined[-1] if joined else None
+        if before and (before[0][1:], before[1][1:], before[1][0]) == (low[1:], high[1:], low[0]):
+            before[1][0] = high[0]
+        else:
+            joined.append((low, high))
+    words = [
+        " ".join(f"{name} {a}:{b}" for name, a, b in zip(names, low, high, strict=False))
+        for low, high in joined[:SHOWN]
+    ]
+    more = f" and {len(joined) - SHOWN} more" if len(joined) > SHOWN else ""
+    return (", ".join(words) or "nothing") + more
+
+
+def _check_frugal(steps: tuple[Step, ...], got: Ints, cost: Ints, lack: Ints) -> None:
+    """Every rank received what it needs less what it had, once.
+
+    It ended with its box, so it received all of that at least; if it received no more, then nothing
+    that it had, and nothing twice. An all_reduce also sums cells that a rank does not need, and may
+    cost the busiest rank no more than the summands that it lacks.
+    """
+    if any(step.kind == "all_reduce" for step in steps):
+        if cost.max() > lack.max():
+            raise VerifyError(f"an all_reduce costs a rank {cost.max()} cells, {lack.max()} do")
+        return
+    wrong = np.flatnonzero(got != lack)
+    if len(wrong):
+        rank = int(wrong[0])
+        raise VerifyError(f"rank {rank} receives {got[rank]} cells and lacks {lack[rank]}")
+
+
+def _check_lanes(
+    step: Step, state: State, first: State, start: End, ranks_per_node: int | None
+) -> None:
+    """Cells come from the holder that the rule of lanes names.
+
+    A holder has the coordinates of another one on all axes but those over which the value is
+    replicated, so it lies as many ranks away as their lanes do.
+    """
     if step.kind == "narrow":
-        return [
-            [item for start, stop in keeps for item in _cut(buffer, start, stop)]
-            for buffer, keeps in zip(buffers, step.keeps, strict=True)
-        ]
-    after: list[list[T]] = [[] for _ in buffers]
-    if step.kind == "all_gather":
-        after = [list(buffer) for buffer in buffers]
+        return
+    if not len(step.moves):
         for group in step.groups:
-            if len({len(buffers[rank]) for rank in group}) != 1:
-                raise VerifyError(f"group {list(group)} gathers buffers of different lengths")
-            joined = [unit for rank in group for unit in buffers[rank]]
-            for rank in group:
-                after[rank] = list(joined)
-        return after
-    group_of = {rank: set(group) for group in step.groups for rank in group}
-    for rank, sends in enumerate(step.sends):
-        peers = [peer for peer, _, _ in sends]
-        if peers != sorted(set(peers)) or not set(peers) <= group_of.get(rank, {rank}):
-            raise VerifyError(f"rank {rank} sends to {peers}, its group is {group_of.get(rank)}")
-        for peer, start, stop in sends:
-            after[peer] += _cut(buffers[rank], start, stop)
-    return after
+            if len(np.unique(start.lane[list(group)])) > 1:
+                raise VerifyError(f"group {list(group)} has ranks of several lanes")
+        return
+    keep = step.moves.src != step.moves.dst
+    if state is not first:
+        # Later, cells may come from a rank that has them only since the step before.
+        keep &= walk.holders(step.moves, first)
+    moves = step.moves.select(keep)
+    src, dst = moves.src.astype(np.int64), moves.dst.astype(np.int64)
+    base = src - start.lane[src]
+    want = base + start.lane[dst]
+    if ranks_per_node is not None:
+        want = _nearest(base, want, start.lane[dst], dst // ranks_per_node, start, ranks_per_node)
+    wrong = np.flatnonzero(src != want)
+    if len(wrong):
+        one = wrong[0]
+        raise VerifyError(
+            f"rank {dst[one]} takes cells from rank {src[one]}, its lane has rank {want[one]}"
+        )
 
 
-def _cut[T](buffer: list[T], start: int, stop: int) -> list[T]:
-    if not 0 <= start < stop <= len(buffer):
-        raise VerifyError(f"interval {start}:{stop} of a buffer of {len(buffer)} units")
-    return buffer[start:stop]
+def _nearest(
+    base: Ints, own: Ints, lane: Ints, node: Ints, start: End, ranks_per_node: int
+) -> Ints:
+    """The holder of its own lane; where that is on another node, the next lane's that is not."""
+    lanes = np.unique(start.lane)
+    found = own.copy()
+    searching = own // ranks_per_node != node
+    for turn in range(1, len(lanes)):
+        other = base + lanes[(np.searchsorted(lanes, lane) + turn) % len(lanes)]
+        near = searching & (other // ranks_per_node == node)
+        found[near] = other[near]
+        searching &= ~near
+    return found
 
 
-def _buffers(holding: Holding) -> list[Buffer]:
-    layout = holding.layout
-    slots = [_expand(slot) for slot in holding.slots]
-    dp, pp = layout.coordinates("dp").tolist(), layout.coordinates("pp").tolist()
-    return [
-        list(slots[slot]) if holding.stages is None or stage in holding.stages else []
-        for slot, stage in zip(dp, pp, strict=True)
-    ]
+def _cost(step: Step, taken: Ints, state: State) -> Ints:
+    """What a rank takes from the wire: of an all_reduce of n ranks, 2 * (n - 1) / n."""
+    if step.kind != "all_reduce":
+        return taken
+    size = np.ones(len(taken), dtype=np.int64)
+    for group in step.groups:
+        size[list(group)] = len(group)
+    return -(-2 * (size - 1) * state.held() // size)
 
 
-def _wanted(plan: Plan) -> list[Buffer]:
-    """What each rank of the reader needs, from its layout alone: the samples of its own replica."""
-    layout = plan.dst.layout
-    size, rest = divmod(plan.units, layout.dp)
-    if rest:
-        raise VerifyError(f"{plan.units} units do not divide by {plan.dst.module}'s dp{layout.dp}")
-    dp, pp = layout.coordinates("dp").tolist(), layout.coordinates("pp").tolist()
-    first_only = layout.pp > 1
-    return [
-        [] if first_only and stage else list(range(slot * size, (slot + 1) * size))
-        for slot, stage in zip(dp, pp, strict=True)
-    ]
-
-
-def _expand(intervals: tuple[tuple[int, int], ...]) -> Buffer:
-    return [unit for start, stop in intervals for unit in range(start, stop)]
+def _check_reasons(
+    plan: Plan, name: str, steps: tuple[Step, ...], above: NDArray[np.bool_]
+) -> None:
+    several = sum(step.kind in COMMUNICATES for step in steps) > 1
+    prefix = {"forward": "fwd ", "backward": "bwd "}[name]
+    if any(reason.startswith(prefix) for reason in plan.reasons):
+        return
+    if several or above.any():
+        more = "takes several collectives" if several else "is above its bound"
+        raise VerifyError(f"it {more} and gives no reason")

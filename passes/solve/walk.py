@@ -1,0 +1,383 @@
+"""Walk every rank's cells through the steps of a plan.
+
+What the ranks hold is a list of *pieces*: boxes of one interval for each dim, and one interval of
+summands. A piece belongs to a buffer, and a rank has one buffer; the members of an all_gather share
+theirs, so a group of n costs n pieces and not n * n. A step is a join of its moves with the pieces
+of their senders.
+
+Two lists of boxes are the same function (how often is each cell held?) exactly if the signed
+corners of one are those of the other: the corners of a box are its function differentiated once in
+every dim. So "each cell once" is one comparison of sorted corners, whatever way the cells came.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colocc.errors import VerifyError
+from colocc.passes.solve.ends import End, Ints
+from colocc.passes.solve.plan import Moves, Step
+
+BLOCK = 1 << 18
+COMMUNICATES = ("all_gather", "all_to_all", "send_recv", "all_reduce")
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Boxes: piece i belongs to ``owner[i]`` and reaches from ``low[i]`` to ``high[i]``.
+
+    Shapes: owner [n]; low, high [n, dims].
+    """
+
+    owner: Ints
+    low: Ints
+    high: Ints
+
+    def cells(self) -> Ints:
+        """The cells of each piece."""
+        found = np.ones(len(self.low), dtype=np.int64)
+        for dim in range(self.low.shape[1]):
+            found *= self.high[:, dim] - self.low[:, dim]
+        return found
+
+    def total(self, owners: int) -> Ints:
+        """The cells of each owner."""
+        return _sum(self.owner, self.cells(), owners)
+
+    def take(self, index: Ints | NDArray[np.bool_], owner: Ints) -> Pieces:
+        """The pieces at ``index``, given to other owners."""
+        return Pieces(owner, self.low[index], self.high[index])
+
+    def of(self, owner: int) -> Pieces:
+        keep = self.owner == owner
+        return self.take(keep, self.owner[keep])
+
+    def without_summands(self) -> Pieces:
+        return Pieces(self.owner, self.low[:, :-1], self.high[:, :-1])
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What every rank holds: ``pieces`` by buffer, in order, and the buffer of each rank.
+
+    ``width`` is how many summands every cell carries: one at the start, all once they are added.
+    """
+
+    buffer: Ints
+    pieces: Pieces
+    width: int
+
+    def held(self) -> Ints:
+        """The cells of each rank, every summand counted."""
+        return self.pieces.total(int(self.buffer.max()) + 1)[self.buffer]
+
+
+def start(end: End) -> State:
+    """The state in which every rank holds its box at ``end``, with its own summand."""
+    ranks = np.arange(len(end.place))
+    pieces = boxes(end, ranks, end.summand, end.summand + 1)
+    return State(ranks, pieces, 1)
+
+
+def boxes(end: End, ranks: Ints, first: Ints, last: Ints) -> Pieces:
+    """The boxes of ``ranks`` at ``end``, the i-th owned by i, with summands from first to last."""
+    holds = np.flatnonzero(end.place[ranks] >= 0)
+    who, which = join(end.place[ranks[holds]], end.owner)
+    who = holds[who]
+    return Pieces(
+        who,
+        np.column_stack([end.low[which], first[who]]),
+        np.column_stack([end.high[which], last[who]]),
+    )
+
+
+def join(keys: Ints, owner: Ints) -> tuple[Ints, Ints]:
+    """All (i, j) with keys[i] == owner[j], by i, then j; ``owner`` ascends."""
+    first = np.searchsorted(owner, keys, side="left")
+    count = np.searchsorted(owner, keys, side="right") - first
+    left = np.repeat(np.arange(len(keys)), count)
+    right = np.arange(len(left)) + np.repeat(first - np.cumsum(count) + count, count)
+    return left, right
+
+
+def meet(left: Pieces, right: Pieces) -> tuple[Ints, Pieces]:
+    """The intersections of the pieces of ``left`` with those of ``right`` of the same owner, and
+    the index of the left one; ``right`` comes by owner."""
+    places, lows, highs = [], [], []
+    for begin in range(0, max(1, len(left.owner)), BLOCK):
+        i, j = join(left.owner[begin : begin + BLOCK], right.owner)
+        i += begin
+        low = np.maximum(left.low[i], right.low[j])
+        high = np.minimum(left.high[i], right.high[j])
+        keep = np.ones(len(i), dtype=bool)
+        for dim in range(low.shape[1]):
+            keep &= low[:, dim] < high[:, dim]
+        places.append(i[keep])
+        lows.append(low[keep])
+        highs.append(high[keep])
+    index = np.concatenate(places)
+    return index, Pieces(left.owner[index], np.concatenate(lows), np.concatenate(highs))
+
+
+def differs(left: Pieces, right: Pieces, owners: int) -> int | None:
+    """The first owner that does not hold each cell as often in ``left`` as in ``right``."""
+    top = np.maximum(left.high.max(axis=0, initial=0), right.high.max(axis=0, initial=0)) + 1
+    sizes = [owners, *top.tolist()]
+    sides: tuple[list[Ints], list[Ints]] = ([], [])
+    for pieces, flip in ((left, 0), (right, 1)):
+        ends = np.stack([pieces.low, pieces.high])
+        for corner in product((0, 1), repeat=len(top)):
+            columns = [ends[end, :, dim] for dim, end in enumerate(corner)]
+            sides[(sum(corner) + flip) % 2].append(keys([pieces.owner, *columns], sizes))
+    plus, minus = (np.sort(np.concatenate(side)) for side in sides)
+    if len(plus) == len(minus):
+        wrong = np.flatnonzero(plus != minus)
+        if not len(wrong):
+            return None
+        place = min(plus[wrong[0]], minus[wrong[0]])
+    else:
+        found, counts = np.unique(plus, return_counts=True)
+        less, less_counts = np.unique(minus, return_counts=True)
+        both = np.concatenate([found, less])
+        sums = np.concatenate([counts, -less_counts])
+        unique, where = np.unique(both, return_inverse=True)
+        place = unique[np.flatnonzero(np.bincount(where, sums))[0]]
+    return int(place // prod(int(size) for size in sizes[1:]))
+
+
+def keys(columns: list[Ints], sizes: list[int]) -> Ints:
+    """One ascending number for each row of ``columns``, the last turning fastest."""
+    if prod(sizes) >= 1 << 63:
+        raise VerifyError(f"a grid of {sizes} is too large to check")
+    found = columns[0].astype(np.int64)
+    for column, size in zip(columns[1:], sizes[1:], strict=True):
+        found = found * size + column
+    return found
+
+
+def take_step(step: Step, state: State, end: End, grid: tuple[int, ...]) -> State:
+    """What every rank holds after ``step``.
+
+    Raises: VerifyError if the step breaks a rule of its kind, or changes nothing.
+    """
+    group = _groups(step, len(state.buffer))
+    if step.kind in ("all_gather", "all_reduce"):
+        return _gather(step, group, state, end)
+    _check_moves(step, group, grid)
+    return _move(step, state, end)
+
+
+def _groups(step: Step, world: int) -> Ints:
+    """The number of the group of every rank, -1 for none."""
+    sizes = np.array([len(group) for group in step.groups], dtype=np.int64)
+    members = np.array([rank for group in step.groups for rank in group], dtype=np.int64)
+    if (step.kind == "narrow") != (not step.groups) or (sizes < 2).any():
+        raise VerifyError(f"{step.kind} over groups {step.groups}")
+    group = np.full(world, -1, dtype=np.int64)
+    number = np.repeat(np.arange(len(sizes)), sizes)
+    inside = np.diff(number) == 0
+    if ((members < 0) | (members >= world)).any() or (np.diff(members)[inside] <= 0).any():
+        raise VerifyError(f"a group is not an ascending set of ranks: {step.groups}")
+    firsts = members[np.cumsum(sizes) - sizes]
+    if len(np.unique(members)) != len(members) or (np.diff(firsts) <= 0).any():
+        raise VerifyError(f"groups overlap, or are not in order of their first rank: {step.groups}")
+    group[members] = number
+    return group
+
+
+def _check_moves(step: Step, group: Ints, grid: tuple[int, ...]) -> None:
+    """The moves are well formed, in order, and stay inside groups that they connect."""
+    moves, world = step.moves, len(group)
+    shape = (len(moves), len(grid))
+    if moves.low.shape != shape or moves.high.shape != shape or len(moves.dst) != len(moves):
+        raise VerifyError(f"moves of shape {moves.low.shape} on a grid of {len(grid)} dims")
+    ranks = np.concatenate([moves.src, moves.dst])
+    if ((ranks < 0) | (ranks >= world)).any():
+        raise VerifyError(f"a move of a rank outside 0 to {world - 1}")
+    outside = (moves.low < 0) | (moves.low >= moves.high) | (moves.high > np.array(grid))
+    if outside.any():
+        first = int(np.flatnonzero(outside.any(axis=1))[0])
+        raise VerifyError(f"{_text(moves, first)} is outside the grid {list(grid)}")
+    columns = [moves.src, moves.dst, *moves.low.T]
+    if (np.diff(keys(columns, [world, world, *grid])) <= 0).any():
+        raise VerifyError("moves are not in order of sender, receiver and place, each once")
+    _check_connection(step, group)
+
+
+def _check_connection(step: Step, group: Ints) -> None:
+    moves = step.moves
+    other = moves.src != moves.dst
+    src, dst = (ranks[other].astype(np.int64) for ranks in (moves.src, moves.dst))
+    if step.kind == "narrow":
+        if len(src):
+            raise VerifyError(f"a narrow moves cells from rank {src[0]} to rank {dst[0]}")
+        return
+    if not len(src):
+        raise VerifyError(f"{step.kind} moves nothing between ranks")
+    stray = np.flatnonzero((group[src] != group[dst]) | (group[src] < 0))
+    if len(stray):
+        first = int(np.flatnonzero(other)[stray[0]])
+        raise VerifyError(f"{_text(moves, first)} leaves its group")
+    leader = _leaders(src, dst, len(group))
+    # Moves stay inside groups: a group is no larger than its exchange if all have one leader.
+    members = np.flatnonzero(group >= 0)
+    firsts = np.array([ranks[0] for ranks in step.groups])[group[members]]
+    apart = members[leader[members] != firsts]
+    if len(apart):
+        idle = list(step.groups[int(group[apart[0]])])
+        raise VerifyError(f"group {idle} holds ranks that exchange nothing")
+    if step.kind == "send_recv":
+        pairs = np.unique(np.stack([src, dst]), axis=1)
+        for side, verb in zip(pairs, ("sends to", "receives from"), strict=True):
+            if len(np.unique(side)) != len(side):
+                rank = side[np.flatnonzero(np.diff(np.sort(side)) == 0)[0]]
+                raise VerifyError(f"in a send_recv rank {rank} {verb} more than one other")
+
+
+def _leaders(src: Ints, dst: Ints, world: int) -> Ints:
+    """The lowest rank that each rank exchanges anything with, directly or over others."""
+    leader = np.arange(world)
+    while True:
+        low = np.minimum(leader[src], leader[dst])
+        if np.array_equal(low, leader[src]) and np.array_equal(low, leader[dst]):
+            return leader
+        np.minimum.at(leader, src, low)
+        np.minimum.at(leader, dst, low)
+        leader = leader[leader]
+
+
+def _text(moves: Moves, index: int) -> str:
+    box = ", ".join(f"{a}:{b}" for a, b in zip(moves.low[index], moves.high[index], strict=True))
+    return f"the move of {box} from rank {moves.src[index]} to rank {moves.dst[index]}"
+
+
+def _move(step: Step, state: State, end: End) -> State:
+    moves = step.moves
+    adding = end.summands > state.width and step.kind != "narrow"
+    if step.adds != adding:
+        raise VerifyError(f"a {step.kind} {'adds' if step.adds else 'does not add'} what arrives")
+    count = len(moves)
+    index, found = meet(_sent(moves, state, end.summands), state.pieces)
+    carried = _sum(index, found.cells(), count)
+    lacking = np.flatnonzero(carried != moves.cells() * state.width)
+    if len(lacking):
+        raise VerifyError(
+            f"{_text(moves, int(lacking[0]))} carries cells that the sender does not hold"
+        )
+    dst = moves.dst[index].astype(np.int64)
+    order = np.argsort(dst, kind="stable")
+    pieces = found.take(order, dst[order])
+    after = State(np.arange(len(state.buffer)), pieces, end.summands if adding else state.width)
+    if step.kind == "narrow" and np.array_equal(after.held(), state.held()):
+        raise VerifyError("a narrow changes nothing")
+    return after
+
+
+def _gather(step: Step, group: Ints, state: State, end: End) -> State:
+    """The members of each group share one buffer with the pieces of all."""
+    if len(step.moves) or step.adds:
+        raise VerifyError(f"a {step.kind} has moves of its own")
+    members = np.flatnonzero(group >= 0)
+    members = members[np.argsort(group[members], kind="stable")]
+    number = group[members]
+    if (step.kind == "all_reduce") != (state.width < end.summands):
+        raise VerifyError(f"{step.kind} of cells with {state.width} of {end.summands} summands")
+    first = members[np.searchsorted(number, number)]
+    amounts = state.held()
+    if (amounts[members] != amounts[first]).any() or not amounts[members].all():
+        raise VerifyError(f"members of a group give unequal amounts to the {step.kind}")
+    if len(np.unique(state.buffer[members])) != len(members):
+        raise VerifyError("members of a group gather what they already share")
+    if step.kind == "all_reduce":
+        _check_same_cells(members, first, state)
+    # Ranks of no group keep their buffers; numbers from ``fresh`` on are new.
+    fresh = int(state.buffer.max()) + 1
+    buffer = state.buffer.copy()
+    buffer[members] = fresh + number
+    i, j = join(state.buffer[members], state.pieces.owner)
+    joined = state.pieces.take(j, fresh + number[i])
+    kept = np.isin(state.pieces.owner, buffer)
+    old = state.pieces.take(kept, state.pieces.owner[kept])
+    pieces = Pieces(
+        *(
+            np.concatenate([getattr(part, name) for part in (old, joined)])
+            for name in ("owner", "low", "high")
+        )
+    )
+    return State(buffer, pieces, end.summands)
+
+
+def _check_same_cells(members: Ints, first: Ints, state: State) -> None:
+    cells = state.pieces.without_summands()
+    sides = []
+    for ranks in (members, first):
+        i, j = join(state.buffer[ranks], cells.owner)
+        sides.append(cells.take(j, i))
+    wrong = differs(sides[0], sides[1], len(members))
+    if wrong is not None:
+        raise VerifyError(f"rank {members[wrong]} adds other cells than rank {first[wrong]}")
+
+
+def check_all_used(moves: Moves, state: State) -> None:
+    """Raise VerifyError unless the moves carry all that their senders hold, pieces that go to
+    several ranks alike."""
+    if state.width > 1:
+        raise VerifyError("sums move on in a step of their own")
+    columns = [moves.src, *moves.low.T, *moves.high.T]
+    rows = np.unique(np.column_stack(columns).astype(np.int64), axis=0)
+    dims = moves.low.shape[1]
+    sent = Pieces(state.buffer[rows[:, 0]], rows[:, 1 : 1 + dims], rows[:, 1 + dims :])
+    wrong = differs(sent, state.pieces.without_summands(), len(state.buffer))
+    if wrong is not None:
+        raise VerifyError(f"rank {wrong} holds other cells between two steps than it uses")
+
+
+def received(step: Step, before: State, after: State) -> Ints:
+    """The cells, every summand counted, that each rank takes from others in ``step``."""
+    if step.kind in ("all_gather", "all_reduce"):
+        return after.held() - before.held()
+    moves = step.moves
+    other = moves.src != moves.dst
+    return _sum(moves.dst[other], moves.cells()[other] * before.width, len(before.buffer))
+
+
+def _sum(index: NDArray[np.integer], amounts: Ints, size: int) -> Ints:
+    """The amounts of each index, added."""
+    # Sums of whole numbers below 2**53 are exact in floats.
+    return np.bincount(index, amounts, size).astype(np.int64)
+
+
+def shared(end: End, state: State, summands: int) -> Ints:
+    """How many cells of its box at ``end`` each rank holds in ``state``, every summand counted."""
+    ranks = np.arange(len(end.place))
+    need = boxes(end, ranks, np.zeros_like(ranks), np.full_like(ranks, summands))
+    index, found = meet(replace(need, owner=state.buffer[need.owner]), state.pieces)
+    return _sum(need.owner[index], found.cells(), len(ranks))
+
+
+def volumes(end: End) -> Ints:
+    """The cells of every rank's box at ``end``."""
+    sizes = Pieces(end.owner, end.low, end.high).total(int(end.owner.max()) + 1)
+    return np.where(end.place >= 0, sizes[end.place], 0)
+
+
+def holders(moves: Moves, state: State) -> NDArray[np.bool_]:
+    """Whether the sender of each move holds all of it in ``state``, one summand of it each."""
+    index, found = meet(_sent(moves, state, np.iinfo(np.int32).max), state.pieces)
+    held: NDArray[np.bool_] = _sum(index, found.cells(), len(moves)) == moves.cells()
+    return held
+
+
+def _sent(moves: Moves, state: State, summands: int) -> Pieces:
+    """What the senders of moves must hold: their cells, whichever summands of them."""
+    zeros = np.zeros(len(moves), dtype=np.int64)
+    return Pieces(
+        state.buffer[moves.src],
+        np.column_stack([moves.low, zeros]),
+        np.column_stack([moves.high, zeros + summands]),
+    )
