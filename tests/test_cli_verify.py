@@ -31,7 +31,7 @@ def test_verify_closes_with_one_line_and_lists_the_kinds_above(
         r"\d+\.\d seconds",
         lines[2],
     )
-    assert lines[3] == "above 1.00 (18 directions; all others are at 1.00):"
+    assert lines[3] == "above 1.00 (42 directions; all others are at 1.00):"
     assert lines[4].endswith(": bwd every cell has n summands, one on each cp rank")
     assert len(lines) == 5
 

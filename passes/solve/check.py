@@ -30,6 +30,7 @@ Words       Scale, type of the value, kind, ratio, the printed closed forms (for
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from math import gcd
 
@@ -151,7 +152,7 @@ def _check_end(plan: Plan, state: State, start: End, end: End) -> None:
     zeros = np.zeros(len(first), dtype=np.int64)
     need = walk.boxes(end, first, zeros, zeros + start.summands)
     place = np.searchsorted(state.buffer[first], state.pieces.owner)
-    held = state.pieces.take(slice(None), place)
+    held = replace(state.pieces, owner=place)
     differs = walk.differs(held, need, len(first))
     if differs is not None:
         wrong.append(int(first[differs]))

@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import permutations, product
-from typing import Any
 
 from colocc.errors import VerifyError
 from colocc.layout import DEFAULT_ORDER, Layout
@@ -53,17 +52,22 @@ def layouts(world: int, axes: tuple[str, ...], orders: Iterable[str] | None) -> 
     """
     found: dict[tuple[object, ...], Layout] = {}
     for sizes in _factorings(world, len(axes)):
-        size: dict[str, Any] = dict(zip(axes, sizes, strict=True))
+        size = dict(zip(axes, sizes, strict=True))
         used = [axis for axis in axes if size[axis] > 1]
         every = ["-".join(order) or DEFAULT_ORDER for order in permutations(used)]
         for order in every if orders is None else orders:
             grid = tuple(axis for axis in order.split("-") if size.get(axis, 1) > 1)
-            layout = Layout(**size, order=order)
+            layout = _layout(size, order)
             for sp in (False, True)[: 1 + (layout.tp > 1)]:
                 for zigzag in (False, True)[: 1 + (layout.cp > 1)]:
                     key = (sizes, grid, sp, zigzag)
                     found.setdefault(key, replace(layout, sp=sp, zigzag=zigzag))
     return list(found.values())
+
+
+def _layout(size: dict[str, int], order: str) -> Layout:
+    tp, cp, pp, dp = (size.get(axis, 1) for axis in AXES)
+    return Layout(tp=tp, cp=cp, pp=pp, dp=dp, order=order)
 
 
 def _factorings(number: int, parts: int) -> Iterator[tuple[int, ...]]:

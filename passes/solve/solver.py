@@ -245,10 +245,12 @@ def _moves(have: Holding, need: Holding, ranks_per_node: int | None = None) -> M
     piece += np.repeat(first, count)
     base, lane = _suppliers(have)
     shifts = _summand_shifts(have)
-    lanes = lane[dst]
-    if ranks_per_node is not None:
-        lanes = _nearest(base[owner[piece]], lanes, dst, np.unique(lane), ranks_per_node)
-    src = [base[owner[piece]] + lanes + shift for shift in shifts]
+    src = []
+    for shift in shifts:
+        first, lanes = base[owner[piece]] + shift, lane[dst]
+        if ranks_per_node is not None:
+            lanes = _nearest(first, lanes, dst, np.unique(lane), ranks_per_node)
+        src.append(first + lanes)
     many = len(shifts)
     return Moves.make(
         np.concatenate(src), np.tile(dst, many), np.tile(low[piece], (many, 1)),

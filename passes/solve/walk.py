@@ -49,7 +49,7 @@ class Pieces:
         """The cells of each owner."""
         return _sum(self.owner, self.cells(), owners)
 
-    def take(self, index: Ints | NDArray[np.bool_] | slice, owner: Ints) -> Pieces:
+    def take(self, index: Ints | NDArray[np.bool_], owner: Ints) -> Pieces:
         """The pieces at ``index``, given to other owners."""
         return Pieces(owner, self.low[index], self.high[index])
 
@@ -226,11 +226,11 @@ def _check_connection(step: Step, group: Ints) -> None:
     leader = _leaders(src, dst, len(group))
     # Moves stay inside groups: a group is no larger than its exchange if all have one leader.
     members = np.flatnonzero(group >= 0)
-    heads = np.array([ranks[0] for ranks in step.groups])[group[members]]
-    apart = np.flatnonzero(leader[members] != heads)
+    firsts = np.array([ranks[0] for ranks in step.groups])[group[members]]
+    apart = members[leader[members] != firsts]
     if len(apart):
-        ranks = list(step.groups[int(group[members[apart[0]]])])
-        raise VerifyError(f"group {ranks} holds ranks that exchange nothing")
+        idle = list(step.groups[int(group[apart[0]])])
+        raise VerifyError(f"group {idle} holds ranks that exchange nothing")
     if step.kind == "send_recv":
         pairs = np.unique(np.stack([src, dst]), axis=1)
         for side, verb in zip(pairs, ("sends to", "receives from"), strict=True):

@@ -31,20 +31,17 @@ def shifted(interval: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 def mutants(plan: Plan) -> Mutants:
     """Every mutant of ``plan``; one that equals it, or is another spelling of it, is none."""
-    for way in ("forward", "backward"):
-        for what, steps in _direction(getattr(plan, way), plan.src.layout.size):
-            yield f"{way} {what}", _with(plan, way, steps)
+    world = plan.src.layout.size
+    for what, steps in _direction(plan.forward, world):
+        yield f"forward {what}", replace(plan, forward=steps)
+    for what, steps in _direction(plan.backward, world):
+        yield f"backward {what}", replace(plan, backward=steps)
     yield "directions", replace(plan, forward=plan.backward, backward=plan.forward)
-    for side in ("src", "dst"):
-        for what, holding in _holding(getattr(plan, side)):
-            yield f"{side} {what}", _with(plan, side, holding)
+    for what, holding in _holding(plan.src):
+        yield f"src {what}", replace(plan, src=holding)
+    for what, holding in _holding(plan.dst):
+        yield f"dst {what}", replace(plan, dst=holding)
     yield from _words(plan)
-
-
-def _with(plan: Plan, name: str, value: Any) -> Plan:
-    """``plan`` with another value of one field."""
-    changes: dict[str, Any] = {name: value}
-    return replace(plan, **changes)
 
 
 def _direction(steps: tuple[Step, ...], world: int) -> Iterator[tuple[str, tuple[Step, ...]]]:
@@ -88,7 +85,7 @@ def _moves(step: Step, world: int) -> Iterator[tuple[str, Step]]:
     columns = [array.astype(np.int64) for array in moves.arrays()]
     every = np.arange(len(moves))
 
-    def made(index: Any, row: Any = None, **new: Any) -> Step:
+    def made(index: Any, row: int | slice = 0, **new: Any) -> Step:
         names = ("src", "dst", "low", "high")
         fresh = {name: column[index] for name, column in zip(names, columns, strict=True)}
         for name, value in new.items():

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 from colocc.layout import DEFAULT_ORDER, Layout
 
@@ -42,8 +41,12 @@ def layouts(world: int, axes: tuple[str, ...]) -> Iterator[Layout]:
         for order in itertools.permutations(used):
             # The default keeps its own spelling: a missing axis of size one changes nothing.
             text = "-".join(order) or DEFAULT_ORDER
-            grid: dict[str, Any] = dict(zip(axes, sizes, strict=True))
-            yield Layout(**grid, order=text)
+            yield layout_of(dict(zip(axes, sizes, strict=True)), text)
+
+
+def layout_of(sizes: dict[str, int], order: str) -> Layout:
+    tp, cp, pp, dp = (sizes.get(axis, 1) for axis in ("tp", "cp", "pp", "dp"))
+    return Layout(tp=tp, cp=cp, pp=pp, dp=dp, order=order)
 
 
 def cut(layout: Layout) -> Iterator[Layout]:

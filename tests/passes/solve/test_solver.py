@@ -6,7 +6,6 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from math import lcm
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from tests.passes.solve.pairs import (
     TUPLES,
     WHOLE,
     factorings,
+    layout_of,
     layouts,
     pairs,
     tuple_pair,
@@ -86,8 +86,7 @@ def best_kept(src: Layout, dst: Layout, length: int) -> int:
     columns = [(np.arange(dst.dp)[None] == i) + np.zeros(worth.shape) for i in range(dst.dp)]
     sums = np.array([table.ravel() for table in rows + columns])
     totals = [units // src.dp] * src.dp + [units // dst.dp] * dst.dp
-    found: float = -linprog(-worth.ravel(), A_eq=sums, b_eq=totals).fun
-    return round(found)
+    return round(-float(linprog(-worth.ravel(), A_eq=sums, b_eq=totals).fun))
 
 
 @pytest.mark.parametrize(("world", "every"), [(4, 3), (6, 11), (8, 59), (12, 499)])
@@ -122,10 +121,9 @@ def any_pair(draw: st.DrawFn, most: int = 96) -> tuple[Layout, Layout, tuple[str
     found = []
     for axes in (("tp", "cp", "dp"), ("tp", "cp", "pp", "dp")):
         sizes = draw(st.sampled_from(list(factorings(world, len(axes)))))
-        grid: dict[str, Any] = dict(zip(axes, sizes, strict=True))
         order = "-".join(draw(st.permutations(("tp", "cp", "ep", "dp", "pp"))))
-        flags = {flag: draw(st.booleans()) for flag in ("sp", "zigzag")}
-        found.append(Layout(**grid, order=order, **flags))
+        layout = layout_of(dict(zip(axes, sizes, strict=True)), order)
+        found.append(replace(layout, sp=draw(st.booleans()), zigzag=draw(st.booleans())))
     return found[0], found[1], draw(st.sampled_from((WHOLE, SEQUENCE, ROWS)))
 
 
@@ -163,7 +161,7 @@ def test_edges_of_one_step_agree_on_the_samples_of_each_module(
     onward = solve(("fusion", other), sink, dims=dims)
     for plan in (to_sink, aside, onward):
         check(plan, sink=sink)
-    agree: dict[Any, Any] = {}
+    agree: dict[str, list[list[tuple[Fraction, Fraction]]]] = {}
     for plan in (to_sink, aside, onward):
         for side in (plan.src, plan.dst):
             slots = [
@@ -171,6 +169,31 @@ def test_edges_of_one_step_agree_on_the_samples_of_each_module(
                 for slot in side.slots
             ]
             assert agree.setdefault(side.module, slots) == slots
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "nodes"),
+    [("dp4", "cp2 pp2 dp1", 2), ("dp44", "tp4 cp11 dp1 order=cp-tp", 2), ("dp8", "tp2 cp4 dp1", 4)],
+)
+def test_summands_take_one_level_and_come_from_the_nearest_holder(
+    src: str, dst: str, nodes: int
+) -> None:
+    ends = ("images", Layout.parse(src)), ("language", Layout.parse(dst))
+    plan = solve(*ends, ranks_per_node=nodes)
+    check(plan)
+    assert len(plan.backward) == 1
+    assert plan.backward[0].adds
+    # The same without nodes moves as much, and crosses them as often or more.
+    plain = solve(*ends)
+    slices = plan.grid[-1] if plan.dims[-1] == "slice" else 1
+    assert (plan.received_cells()[1] == plain.received_cells()[1] * slices).all()
+    assert crossings(plan, nodes) <= crossings(plain, nodes) * slices
+
+
+def crossings(plan: Plan, nodes: int) -> int:
+    moves = plan.backward[0].moves
+    far = moves.src // nodes != moves.dst // nodes
+    return int(moves.select(far).cells().sum())
 
 
 def test_axes_of_one_anywhere_in_the_order_change_nothing() -> None:
