@@ -84,4 +84,4 @@ def test_the_command_on_one_process_ends_with_one_line(tmp_path: Path) -> None:
     assert all(math.isfinite(loss) for loss in run.losses)
     pages = sorted(path.name for path in (tmp_path / "dumps").iterdir())
     assert pages[0] == "01_capture.txt"
-    assert len(pages) == 5
+    assert len(pages) == 6
