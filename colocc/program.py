@@ -224,8 +224,16 @@ class Program:
         for node, value in zip(self.cut, crossing, strict=True):
             source = node.all_input_nodes[0] if node.name in self.redistributions else node
             name = source.meta["module"]
-            if name in trainable and not any(
-                leaf.requires_grad for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)
+            # Without an item in any step so far, no rank has called it.
+            called = name not in self.graph.rows or name in self._templates
+            if (
+                called
+                and name in trainable
+                and not any(
+                    leaf.requires_grad
+                    for leaf in tree_leaves(value)
+                    if isinstance(leaf, torch.Tensor)
+                )
             ):
                 raise LayoutError(
                     f"{name} has parameters to train, and its output {source.name} requires no "
