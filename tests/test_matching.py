@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import colocc
 from colocc.layout import Layout
-from colocc.passes.solve.plan import Plan, length
+from colocc.passes.solve.plan import Plan, Step, length
 from colocc.passes.solve.solver import solve
+from colocc.runtime import cpu
 from colocc.runtime.groups import close_groups, open_groups
 from colocc.runtime.redistribution import Redistribution
-from tests.matching import Call, Recorder, match, traces
+from tests import mimo
+from tests.matching import NONE, Call, match, traces
 from tests.passes.solve.pairs import OLD_ORDER, SEQUENCE, TUPLES, WHOLE, tuple_pair
 
 EDGES = (
@@ -31,21 +35,19 @@ EDGES = (
 )
 
 
-def work_of(plan: Plan, rows: int) -> Callable[[int], Callable[[Recorder], object]]:
+def work_of(plan: Plan, rows: int) -> Callable[[int], Callable[[], object]]:
     """Forward and backward of a plan on one rank, with ``rows`` rows in a cell."""
 
-    def work(rank: int) -> Callable[[Recorder], object]:
+    def work(rank: int) -> Callable[[], object]:
         groups = open_groups(plan.member_lists())
         move = Redistribution(plan, groups, rank)
         box = plan.src.box(rank)
         sides = [length(cut) for cut in box[: 1 + ("sequence" in plan.dims)]]
         shape = [sides[0] * rows, *sides[1:], plan.grid[-1] if "slice" in plan.dims else 3]
 
-        def run(recorder: Recorder) -> None:
+        def run() -> None:
             value = torch.ones(shape, requires_grad=True)
-            moved = move(value)
-            recorder.fence()
-            moved.sum().backward()
+            move(value).sum().backward()
             close_groups(plan.member_lists())
 
         return run
@@ -62,10 +64,17 @@ def matched(plan: Plan) -> int:
     assert match(none) == done
     for left, right in zip(some, none, strict=True):
         assert [(c.kind, c.members) for c in left] == [(c.kind, c.members) for c in right]
-        assert not any(sum(call.sent) for call in right)
-    communicating = [step for step in plan.forward + plan.backward if step.groups]
-    assert done == sum(len(step.groups) for step in communicating)
+        assert not any(max(call.sent) > 0 for call in right)
+    steps = [step for step in plan.forward + plan.backward if step.groups]
+    assert done == sum(map(calls_of, steps))
     return done
+
+
+def calls_of(step: Step) -> int:
+    """How many collectives or messages a step is."""
+    if step.kind != "send_recv":
+        return len(step.groups)
+    return len({(a, b) for a, b in zip(step.moves.src, step.moves.dst, strict=True) if a != b})
 
 
 @pytest.mark.parametrize("order", ["tp-cp-ep-dp-pp", OLD_ORDER])
@@ -123,10 +132,10 @@ def test_members_that_disagree_are_named(changes: dict[str, object]) -> None:
 
 
 def test_sends_and_receives_of_one_batch_are_one_call() -> None:
-    def work(rank: int) -> Callable[[Recorder], object]:
+    def work(rank: int) -> Callable[[], object]:
         group = dist.new_group([0, 1])
 
-        def run(_: Recorder) -> None:
+        def run() -> None:
             value, room = torch.ones(3 - rank), torch.empty(2 + rank)
             operations = [
                 dist.P2POp(dist.isend, value, group=group, group_peer=1 - rank),
@@ -138,5 +147,76 @@ def test_sends_and_receives_of_one_batch_are_one_call() -> None:
         return run
 
     found = traces(2, work)
-    assert found[0] == [Call("p2p", (0, 1), (0, 3), (0, 2), torch.float32)]
-    assert match(found) == 1
+    assert found[0] == [Call("p2p", (0, 1), (NONE, 3), (NONE, 2), torch.float32)]
+    assert match(found) == 2
+
+
+def message(sender: int, receiver: int, *, mine: bool) -> Call:
+    amounts = tuple(1 if who == (receiver if mine else sender) else NONE for who in range(3))
+    none = (NONE,) * 3
+    sent, received = (amounts, none) if mine else (none, amounts)
+    return Call("p2p", (0, 1, 2), sent, received, torch.float32)
+
+
+def test_a_batch_of_messages_meets_several_calls() -> None:
+    # Rank 1 receives from 0 and sends to 2 in one call; 0 and 2 know nothing of each other.
+    middle = replace(message(0, 1, mine=False), sent=(NONE, NONE, 1))
+    assert match([[message(0, 1, mine=True)], [middle], [message(1, 2, mine=False)]]) == 2
+    with pytest.raises(AssertionError, match="deadlock"):
+        match([[message(0, 1, mine=True)], [middle], []])
+
+
+def test_two_ranks_that_send_first_are_a_deadlock() -> None:
+    there, back = (
+        [message(a, b, mine=True), message(b, a, mine=False)] for a, b in ((0, 1), (1, 0))
+    )
+    with pytest.raises(AssertionError, match="deadlock"):
+        match([there, back, []])
+    assert match([there, back[::-1], []]) == 2
+
+
+def step_of(
+    layouts: dict[str, Layout], schedule: str, counts: tuple[int, ...]
+) -> Callable[[int], Callable[[], object]]:
+    """Training steps of a MimoModel on one rank: Megatron's pipeline and what colocc adds."""
+
+    def work(_: int) -> Callable[[], object]:
+        stack = contextlib.ExitStack()
+        stack.enter_context(cpu.ranks())
+        groups = stack.enter_context(colocc.process_groups(layouts))
+        model = mimo.build(groups, layouts)
+        compiled = colocc.compile(model, layouts, groups=groups, schedule=schedule)
+        program = stack.enter_context(compiled)
+
+        def run() -> None:
+            with stack:
+                for count in counts:
+                    program.forward_backward(
+                        [mimo.batch(8, seed=i) for i in range(count)],
+                        num_microbatches=count, loss_func=mimo.loss_func,
+                    )  # fmt: skip
+
+        return run
+
+    return work
+
+
+@pytest.mark.filterwarnings("ignore")  # Megatron's own, of its defaults
+@pytest.mark.parametrize(
+    ("images", "language", "schedule"),
+    [
+        ("tp2 dp4", "tp2 pp2 dp2", "three_phase"),
+        ("tp1 dp8", "tp2 pp4 dp1", "three_phase"),
+        ("tp1 dp8", "tp2 cp2 pp2 dp1 zigzag", "three_phase"),
+        ("tp4 dp2", "tp2 dp4", "lookahead=2"),
+    ],
+)
+def test_whole_steps_match_with_their_pipelines(images: str, language: str, schedule: str) -> None:
+    layouts = {"images": Layout.parse(images), "language": Layout.parse(language)}
+    found = traces(8, step_of(layouts, schedule, (1, 3, 6)))
+    assert match(found) > 0
+    sends = sum(call.kind == "p2p" for calls in found for call in calls)
+    assert (sends > 0) == (layouts["language"].pp > 1)
+    victim = next(call for call in found[5] if len(call.members) > 1)
+    with pytest.raises(AssertionError, match=r"deadlock|members|peers"):
+        match([*found[:5], [c for c in found[5] if c is not victim], *found[6:]])
