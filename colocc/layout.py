@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,7 @@ class Layout:
     order: str = DEFAULT_ORDER
     sp: bool = False
     zigzag: bool = False
+    _dense: Grid = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -74,6 +75,8 @@ class Layout:
             product = " * ".join(f"{axis}{getattr(self, axis)}" for axis in DENSE)
             raise LayoutError(f"{product} = {self.size} ranks; a layout has at most {LIMIT}.")
         object.__setattr__(self, "order", _order(self.order, {a: getattr(self, a) for a in AXES}))
+        dense = tuple((axis, getattr(self, axis)) for axis in self.order.split("-") if axis != "ep")
+        object.__setattr__(self, "_dense", dense)
         self._check_experts()
         for flag in FLAGS:
             if not isinstance(getattr(self, flag), bool):
@@ -102,10 +105,6 @@ class Layout:
     def sizes(self) -> dict[str, int]:
         """The size of each dense axis, fastest first."""
         return dict(self._dense)
-
-    @property
-    def _dense(self) -> Grid:
-        return tuple((axis, getattr(self, axis)) for axis in self.order.split("-") if axis != "ep")
 
     @property
     def _expert(self) -> Grid:

@@ -84,6 +84,12 @@ class Moves:
         found: Counts = np.prod(self.high.astype(np.int64) - self.low, axis=1)
         return found
 
+    def pairs(self) -> tuple[Array, Array]:
+        """Each sender and receiver of anything once, in order."""
+        first = np.ones(len(self), dtype=bool)
+        first[1:] = (np.diff(self.src) != 0) | (np.diff(self.dst) != 0)
+        return self.src[first], self.dst[first]
+
     def select(self, keep: NDArray[np.bool_]) -> Moves:
         """The moves at the true places of ``keep``."""
         return Moves(*(array[keep] for array in self.arrays()))
@@ -373,14 +379,21 @@ def received(steps: tuple[Step, ...], start: Holding) -> Counts:
     return got
 
 
+def distinct(left: Counts, right: Counts) -> tuple[Counts, Counts]:
+    """The pairs that stand at the same place of both, [2, n] and ascending, and which one stands at
+    each place; numbers are not negative."""
+    scale = int(right.max(initial=0)) + 1
+    keys, where = np.unique(left * scale + right, return_inverse=True)
+    return np.stack([keys // scale, keys % scale]), where
+
+
 def _missing(have: Holding, need: Holding) -> Counts:
     """|need minus have| of every rank: the volume of its need less what it has of it."""
     common = np.ones(need.layout.size, dtype=np.int64)
     for left, right in zip(have.parts, need.parts, strict=True):
-        pairs = np.stack([left.index(have.layout), right.index(need.layout)])
-        unique, where = np.unique(pairs, axis=1, return_inverse=True)
-        shared = [overlap(left.cuts[i], right.cuts[j]) for i, j in unique.T.tolist()]
-        common *= np.array(shared, dtype=np.int64)[where.ravel()]
+        pairs, where = distinct(left.index(have.layout), right.index(need.layout))
+        shared = [overlap(left.cuts[i], right.cuts[j]) for i, j in pairs.T.tolist()]
+        common *= np.array(shared, dtype=np.int64)[where]
     alone = prod(have.layout.sizes[axis] for axis in have.partial) == 1
     own = have.holds() & alone
     return np.where(need.holds(), need.cells() - np.where(own, common, 0), 0)

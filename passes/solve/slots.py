@@ -22,7 +22,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from colocc.layout import Layout
-from colocc.passes.solve.plan import Counts, Interval, Intervals, overlap
+from colocc.passes.solve.plan import Counts, Interval, Intervals, distinct, overlap
 from colocc.sequence import axes_of, cuts, part_of
 
 # A table with more entries is solved over the pairs of slot and replica that share a rank.
@@ -78,13 +78,12 @@ def _weights(src: Layout, dst: Layout) -> Counts:
         return reads.astype(np.int64)
     (left, left_parts), (right, right_parts) = cuts(src), cuts(dst)
     whole = lcm(left, right)
-    pairs = np.stack([part_of(src), part_of(dst)])
-    unique, where = np.unique(pairs, axis=1, return_inverse=True)
+    pairs, where = distinct(part_of(src), part_of(dst))
     shared = [
         overlap(refine(left_parts[i], whole // left), refine(right_parts[j], whole // right))
-        for i, j in unique.T.tolist()
+        for i, j in pairs.T.tolist()
     ]
-    return np.where(reads, np.array(shared, dtype=np.int64)[where.ravel()], 0)
+    return np.where(reads, np.array(shared, dtype=np.int64)[where], 0)
 
 
 def refine(intervals: Intervals, factor: int) -> Intervals:

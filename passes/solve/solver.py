@@ -29,7 +29,7 @@ import sympy
 
 from colocc.errors import LayoutError
 from colocc.layout import RANK, Layout, closed_form
-from colocc.passes.solve.plan import Counts, Holding, Moves, Part, Plan, Step, received
+from colocc.passes.solve.plan import Counts, Holding, Moves, Part, Plan, Step, distinct, received
 from colocc.passes.solve.slots import refine, replicas, slots_of
 from colocc.passes.solve.two_level import copies, split
 from colocc.sequence import axes_of, cuts, form
@@ -201,9 +201,9 @@ def _two_levels(
 def _exchange(moves: Moves, groups: tuple[tuple[int, ...], ...], *, adds: bool) -> Step:
     """A send_recv where no rank sends to or receives from more than one other, else an
     all_to_all."""
-    other = moves.src != moves.dst
-    pairs = np.unique(np.stack([moves.src[other], moves.dst[other]]), axis=1)
-    once = all(len(np.unique(side)) == len(side) for side in pairs)
+    src, dst = moves.pairs()
+    other = src != dst
+    once = all(len(np.unique(side[other])) == other.sum() for side in (src, dst))
     return Step("send_recv" if once else "all_to_all", groups, moves, adds)
 
 
@@ -382,8 +382,7 @@ def _as_all_gather(
     inside = total > 0
     if not np.array_equal(total[inside], needs[inside]):
         return None
-    senders = np.unique(np.stack([moves.src, moves.dst]), axis=1)
-    counts = np.bincount(senders[1], minlength=world)
+    counts = np.bincount(moves.pairs()[1], minlength=world)
     sizes = np.zeros(world, dtype=np.int64)
     for group in groups:
         sizes[list(group)] = len(group)
@@ -416,7 +415,7 @@ def _where(have: Holding, need: Holding, dims: tuple[str, ...]) -> tuple[str, ..
     """
     left, right = f"{have.module}.dp", f"{need.module}.dp"
     _, _, i, j = _elementary(have.parts[0], need.parts[0])
-    pairs = np.unique(np.stack([i, j]), axis=1)
+    pairs, _ = distinct(i, j)
     found = None
     for source, image, names in (
         (pairs[0], pairs[1], (left, right)),

@@ -57,8 +57,12 @@ class Pieces:
         keep = self.owner == owner
         return self.take(keep, self.owner[keep])
 
+    def of_dims(self, dims: list[int]) -> Pieces:
+        """The same pieces in some of their dims."""
+        return Pieces(self.owner, self.low[:, dims], self.high[:, dims])
+
     def without_summands(self) -> Pieces:
-        return Pieces(self.owner, self.low[:, :-1], self.high[:, :-1])
+        return self.of_dims(list(range(self.low.shape[1] - 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,9 @@ def meet(left: Pieces, right: Pieces) -> tuple[Ints, Pieces]:
 
 def differs(left: Pieces, right: Pieces, owners: int) -> int | None:
     """The first owner that does not hold each cell as often in ``left`` as in ``right``."""
+    # A dim in which all pieces reach over the same cells tells none from another.
+    used = [dim for dim in range(left.low.shape[1]) if not _is_same(left, right, dim)]
+    left, right = left.of_dims(used), right.of_dims(used)
     top = np.maximum(left.high.max(axis=0, initial=0), right.high.max(axis=0, initial=0)) + 1
     sizes = [owners, *top.tolist()]
     sides: tuple[list[Ints], list[Ints]] = ([], [])
@@ -148,6 +155,14 @@ def differs(left: Pieces, right: Pieces, owners: int) -> int | None:
         unique, where = np.unique(both, return_inverse=True)
         place = unique[np.flatnonzero(np.bincount(where, sums))[0]]
     return int(place // prod(int(size) for size in sizes[1:]))
+
+
+def _is_same(left: Pieces, right: Pieces, dim: int) -> bool:
+    ends = [side[:, dim] for pieces in (left, right) for side in (pieces.low, pieces.high)]
+    if not len(ends[0]) or not len(ends[2]):
+        return False
+    low, high = ends[0][0], ends[1][0]
+    return all((end == want).all() for end, want in zip(ends, (low, high) * 2, strict=True))
 
 
 def keys(columns: list[Ints], sizes: list[int]) -> Ints:
@@ -232,8 +247,9 @@ def _check_connection(step: Step, group: Ints) -> None:
         idle = list(step.groups[int(group[apart[0]])])
         raise VerifyError(f"group {idle} holds ranks that exchange nothing")
     if step.kind == "send_recv":
-        pairs = np.unique(np.stack([src, dst]), axis=1)
-        for side, verb in zip(pairs, ("sends to", "receives from"), strict=True):
+        # Moves are in order, so those of one pair are neighbours.
+        again = np.append(False, (np.diff(src) == 0) & (np.diff(dst) == 0))
+        for side, verb in ((src[~again], "sends to"), (dst[~again], "receives from")):
             if len(np.unique(side)) != len(side):
                 rank = side[np.flatnonzero(np.diff(np.sort(side)) == 0)[0]]
                 raise VerifyError(f"in a send_recv rank {rank} {verb} more than one other")
