@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -136,9 +137,15 @@ def judged(
         for chunk in chunks:
             yield from judge_all(chunk)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, initializer=_settle) as pool:
         for results in pool.imap_unordered(judge_all, chunks):
             yield from results
+
+
+def _settle() -> None:
+    """Keep what importing made out of garbage collection: it is most of what there is."""
+    gc.collect()
+    gc.freeze()
 
 
 def judge_all(chunk: list[Pair]) -> list[tuple[Pair, Verdict]]:

@@ -292,6 +292,7 @@ class Layout:
         return _search(sizes, has, f"megatron.core.parallel_state with the groups {ranks}")
 
 
+@lru_cache(maxsize=4096)
 def closed_form(expr: sympy.Expr, name: str = "r") -> str:
     """``expr`` in the notation of the dump, with ``name`` for RANK: ``r//2%2``."""
     if expr == RANK:
@@ -326,7 +327,7 @@ def _coordinate(stride: int, size: int, world: int) -> sympy.Expr:
     return steps if stride * size == world else sympy.Mod(steps, size)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=8192)
 def _coordinates(layout: Layout, axis: str) -> Ranks:
     return _evaluate(layout.coordinate(axis), layout.size)
 

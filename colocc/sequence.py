@@ -93,6 +93,7 @@ def check_length(what: str, length: int, layout: Layout) -> None:
         )
 
 
+@lru_cache(maxsize=4096)
 def form(layout: Layout) -> str:
     """The chunks of rank r in closed form, as the dump prints them; empty where nothing is cut."""
     if not axes_of(layout):

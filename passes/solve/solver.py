@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
 from math import lcm, prod
 from typing import Literal
 
@@ -422,8 +423,8 @@ def _where(have: Holding, need: Holding, dims: tuple[str, ...]) -> tuple[str, ..
         (pairs[1], pairs[0], (right, left)),
     ):
         if len(np.unique(source)) == len(source):
-            values = image[np.argsort(source)]
-            fitted = _fit(values, names[0])
+            values = image[np.argsort(source)].tolist()
+            fitted = _fit(tuple(values), names[0])
             found = found or (fitted and f"{names[1]} = {fitted}")
     if found is None:
         forms = [closed_form(side.layout.coordinate("dp")) for side in (have, need)]
@@ -436,12 +437,13 @@ def _where(have: Holding, need: Holding, dims: tuple[str, ...]) -> tuple[str, ..
     return (found, *sequence)
 
 
-def _fit(values: Counts, name: str) -> str | None:
+@lru_cache(maxsize=4096)
+def _fit(values: tuple[int, ...], name: str) -> str | None:
     """``values`` as ``floor(x / a) mod n`` of their index, printed with ``name`` for x."""
     size = len(values)
-    image = int(values.max()) + 1
+    image = max(values) + 1
     for stride in (n for n in range(1, size + 1) if size % n == 0):
-        if (values == np.arange(size) // stride % image).all():
+        if (np.array(values) == np.arange(size) // stride % image).all():
             expr = sympy.floor(RANK / stride)
             if stride * image < size:
                 expr = sympy.Mod(expr, image)
