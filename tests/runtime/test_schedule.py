@@ -245,9 +245,10 @@ def test_layouts_equal_the_oracle(
     language: tuple[int, int, int],
     order: str,
 ) -> None:
+    # Fewer microbatches than stages, as many, more, and no multiple; of the second order the ends.
     pp = language[1]
-    counts = tuple(sorted({1, pp, pp + 1, 6}))
-    check(processes, reference, layouts_of(encoder, language, order), counts)
+    counts = {1, pp, pp + 1, 6} if order == ORDERS[0] else {1, pp + 1}
+    check(processes, reference, layouts_of(encoder, language, order), tuple(sorted(counts)))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -262,7 +263,7 @@ def test_lookahead_equals_the_oracle(
     schedule: str,
 ) -> None:
     layouts = layouts_of(encoder, language, order)
-    check(processes, reference, layouts, (1, 4, 5), schedule=schedule)
+    check(processes, reference, layouts, (1, 5), schedule=schedule)
 
 
 def test_lookahead_of_the_whole_step_is_three_phase(processes: ProcessPool) -> None:
