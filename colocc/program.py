@@ -136,7 +136,7 @@ class Program:
                 settle=settle,
             )
             for phase, results, settle in (
-                ("encode", self.cut, self._settle),
+                ("encode", self.cut, self._settle_rows),
                 ("language", self._output.all_input_nodes, None),
             )
         )
@@ -226,10 +226,9 @@ class Program:
         held, rows = self._held[node]
         return counted(value, held, rows, f"{node.name} on rank {self.rank}")
 
-    def _settle(self, values: Mapping[fx.Node, Any], error: Exception | None) -> None:
+    def _settle_rows(self, values: Mapping[fx.Node, Any], error: Exception | None) -> None:
         """Raise on every rank alike what went wrong on any of them as it encoded: an ``error``, or
         another number of rows than its samples have placeholders."""
-        assert self._intake is not None
         try:
             for node in self.cut if error is None else ():
                 move = self.redistributions.get(node.name)
@@ -239,6 +238,11 @@ class Program:
                     self._counted(node, values[node])
         except LayoutError as problem:
             error = problem
+        self.settle(error)
+
+    def settle(self, error: Exception | None) -> None:
+        """Raise an ``error`` that any rank had when it encoded on every rank; collective."""
+        assert self._intake is not None
         self._intake.settle(error)
 
     def row_counts(self, batches: Batches) -> dict[fx.Node, list[int]]:

@@ -1,8 +1,8 @@
 """The fields of a batch: what each may be, before anything is cut from it.
 
 Only tensors are cut by sample. A list or an array in a batch would reach every rank whole, or
-nowhere, so it is refused; a plain value (an option of an encoder) is handed on as it is, and must
-be the same in all microbatches of a step.
+nowhere, so it is refused; a plain value beside the tensors of an encoder's input (an option of it)
+is handed on as it is, and must be the same in all microbatches of a step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from colocc.errors import LayoutError
 from colocc.passes.graph import Graph
 from colocc.passes.shapes import lookup
 
-PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
+PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
 
 def plain(batch: Any) -> Any:
@@ -30,14 +30,16 @@ def plain(batch: Any) -> Any:
 def check_kinds(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None:
     """Raise LayoutError for a field that is neither a tensor nor a plain value, or a plain value
     that is not the same in all microbatches."""
-    for path in sorted({node.meta["path"] for node in graph.placeholders()}):
+    placeholders = {node.meta["path"]: node.meta["module"] for node in graph.placeholders()}
+    for path, module in sorted(placeholders.items()):
+        options = PLAIN if module in graph.rows or (graph.guards is None and path[1:]) else ()
         kept: dict[tuple[str, ...], Any] = {}
         for index, batch in enumerate(microbatches):
             for where, value in _leaves(lookup(batch, path), path):
-                if not isinstance(value, (torch.Tensor, *PLAIN)):
-                    raise LayoutError(_no_tensor(index, where, value))
-                if isinstance(value, torch.Tensor) or value is None:
+                if value is None or isinstance(value, torch.Tensor):
                     continue
+                if not isinstance(value, options):
+                    raise LayoutError(_no_tensor(index, where, value))
                 if kept.setdefault(where, value) != value:
                     raise LayoutError(
                         f"{'.'.join(where)} is {kept[where]!r} in one microbatch and {value!r} in "
