@@ -21,6 +21,7 @@ from colocc.passes.graph import Graph, Reduction
 from colocc.passes.rows import BatchDim, BatchDims, Rows, dim_of
 from colocc.program import Program
 from colocc.runtime import megatron
+from colocc.runtime.agreement import Check, parse_check
 from colocc.runtime.filled import portions_of
 from colocc.runtime.groups import (
     DEFAULT_TIMEOUT,
@@ -49,6 +50,7 @@ def compile(
     ranks_per_node: int | None = None,
     reductions: Mapping[str, Reduction] | None = None,
     rows: Mapping[str, RowsPerItem] | None = None,
+    check: str = "every",
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> Program:
     """Return the program that trains ``model`` with each module on its own layout.
@@ -72,6 +74,11 @@ def compile(
     tp group of the encoder lies inside one of its stages; "filled=2,6" in 2 portions a microbatch,
     with the encoder's activations of 6 microbatches alive.
 
+    ``check`` says what is looked at before a step: with "every", all ranks ask one another, on the
+    host, whether their batches are alike and without errors, before the step and after each
+    encoding, so that an error of one rank is one error on all; "finite" looks for NaN and inf in
+    the inputs, too, and waits for the device; "first" compares the first batch alone.
+
     Collective. Without an initialised torch.distributed the program can be printed, not run.
 
     Raises: LayoutError, CaptureError, before any training step and on every rank alike.
@@ -81,7 +88,9 @@ def compile(
     lengths: dict[str, int] = {}
     means: dict[str, Reduction] = {}
     order = Schedule()
+    checks: Check = "every"
     try:
+        checks = parse_check(check)
         dims, lengths = dict(batch_dims or {}), dict(sequence_dims or {})
         means = dict(reductions or {})
         plain = {name: as_layout(name, layout) for name, layout in layouts.items()}
@@ -101,11 +110,11 @@ def compile(
         ""
         if found is None
         else f"{_digest(found[0])}, groups {groups is not None}, "
-        f"{dims}, {lengths}, {means}, {order}, rows {sorted(rows or {})}"
+        f"{dims}, {lengths}, {means}, {order}, rows {sorted(rows or {})}, check {checks}"
     )
     agree_on("the compiled program", text, error)
     assert found is not None
-    return Program(model, *found, groups, dims, timeout, order, rows=rows)
+    return Program(model, *found, groups, dims, timeout, order, rows=rows, check=checks)
 
 
 def _check_groups(groups: ProcessGroups | None, layouts: dict[str, Layout]) -> None:

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +25,21 @@ from colocc.passes.phases import cut
 from colocc.passes.rows import BatchDims
 from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
-from colocc.runtime.data import Batches, fingerprint, holding_of, sample_runs
+from colocc.runtime.agreement import Check
+from colocc.runtime.data import Batches, holding_of, sample_runs
 from colocc.runtime.execute import Executor
 from colocc.runtime.filled import Bubbles
 from colocc.runtime.groups import (
     ProcessGroups,
-    agree_on,
     close_groups,
     gather_texts,
     open_groups,
     process_groups,
 )
+from colocc.runtime.intake import Intake, take
 from colocc.runtime.ragged import RowsPerItem
 from colocc.runtime.redistribution import Redistribution, tensor_dims
-from colocc.runtime.rows import RowRedistribution, counted, rows_held
+from colocc.runtime.rows import Ids, RowRedistribution, Rows, counted, rows_held
 from colocc.runtime.schedule import Schedule, run_step
 from colocc.runtime.trace import Recorder, chrome, from_text, picture, to_text
 
@@ -66,24 +66,34 @@ class Program:
         schedule: Schedule,
         *,
         rows: Mapping[str, RowsPerItem] | None = None,
+        check: Check = "every",
     ) -> None:
-        self._rows_per_item = dict(rows or {})
         self.model, self.graph, self.batch_dims = model, graph, batch_dims
         self.schedule = schedule
         self.rank = dist.get_rank() if dist.is_initialized() else None
         self.groups, self._owns_groups = groups, False
-        self._optional = megatron.optional_inputs(model)
         self.recorder: Recorder | None = None
         self._quiet = megatron.QuietGlue(model) if megatron.is_mimo(model) else None
-        self._agreed = self._destroyed = False
+        self._destroyed = False
+        self._intake: Intake | None = None
         self.cut: list[fx.Node] = []
         self.redistributions: dict[str, Redistribution | RowRedistribution] = {}
         self.bubbles: Bubbles | None = None
         self._calls: dict[str, Callable[..., Any]] = {}
-        self._templates: dict[str, Any] = {}
+        self._held: dict[fx.Node, tuple[Ids, Rows]] = {}
         self._members: tuple[tuple[int, ...], ...] = ()
         self._world: weakref.ref[dist.ProcessGroup] | None = None
         if self.rank is not None and mine is not None:
+            self._intake = Intake(
+                graph,
+                mine,
+                self.rank,
+                batch_dims,
+                megatron.optional_inputs(model),
+                rows_per_item=dict(rows or {}),
+                check=check,
+                timeout=timeout,
+            )
             self._bind(self.rank, mine, timeout)
 
     def _bind(self, rank: int, mine: Graph, timeout: timedelta) -> None:
@@ -123,10 +133,11 @@ class Program:
                 calls=self._calls,
                 methods=methods,
                 noted=lambda kind: self.noted(kind),
+                settle=settle,
             )
-            for phase, results in (
-                ("encode", self.cut),
-                ("language", self._output.all_input_nodes),
+            for phase, results, settle in (
+                ("encode", self.cut, self._settle_rows),
+                ("language", self._output.all_input_nodes, None),
             )
         )
         if self.schedule.kind == "filled":
@@ -193,17 +204,46 @@ class Program:
             for node in self.mine.placeholders()
             if node.meta["phase"] == "encode"
         }
-        for move in self.redistributions.values():
-            if isinstance(move, RowRedistribution):
-                move.rows = batches.ragged.rows[move.plan.src.module]
+        assert self.rank is not None
+        self._held = {}
+        for node in self.cut:
+            move = self.redistributions.get(node.name)
+            if (plan := node.meta.get("rows")) is not None:
+                rows = batches.ragged.rows[plan.src.module]
+                if isinstance(move, RowRedistribution):
+                    move.rows = rows
+                else:
+                    self._held[node] = rows_held(plan, plan.dst, rows, self.rank), rows
         found = self._encode(values, samples=len(batches.microbatches) * batches.size)
-        counts = self.row_counts(batches)
         for place, node in enumerate(self.cut):
-            if node in counts and node.name not in self.redistributions:
-                made = megatron.no_rows(self.model) if found[place] is None else found[place]
-                who = f"{node.name} on rank {self.rank}"
-                found[place] = counted(made, sum(counts[node]), who)
+            if node in self._held:
+                value = self._counted(node, found[place])
+                found[place] = megatron.no_rows(self.model) if value is None else value
         return found
+
+    def _counted(self, node: fx.Node, value: Any) -> Any:
+        """The rows of a value that no redistribution reads."""
+        held, rows = self._held[node]
+        return counted(value, held, rows, f"{node.name} on rank {self.rank}")
+
+    def _settle_rows(self, values: Mapping[fx.Node, Any], error: Exception | None) -> None:
+        """Raise on every rank alike what went wrong on any of them as it encoded: an ``error``, or
+        another number of rows than its samples have placeholders."""
+        try:
+            for node in self.cut if error is None else ():
+                move = self.redistributions.get(node.name)
+                if isinstance(move, RowRedistribution):
+                    move.counted(values[node.all_input_nodes[0]])
+                elif node in self._held:
+                    self._counted(node, values[node])
+        except LayoutError as problem:
+            error = problem
+        self.settle(error)
+
+    def settle(self, error: Exception | None) -> None:
+        """Raise an ``error`` that any rank had when it encoded on every rank; collective."""
+        assert self._intake is not None
+        self._intake.settle(error)
 
     def row_counts(self, batches: Batches) -> dict[fx.Node, list[int]]:
         """Of the values of ``cut`` that are made of rows, this rank's rows in each microbatch."""
@@ -225,7 +265,8 @@ class Program:
             source = node.all_input_nodes[0] if node.name in self.redistributions else node
             name = source.meta["module"]
             # Without an item in any step so far, no rank has called it.
-            called = name not in self.graph.rows or name in self._templates
+            assert self._intake is not None
+            called = name not in self.graph.rows or name in self._intake.learned.templates
             if (
                 called
                 and name in trainable
@@ -279,9 +320,11 @@ class Program:
                 f"{self.graph.sink} ({layout}) is pipelined over {layout.pp} stages: call "
                 "program.forward_backward(batches, num_microbatches=..., loss_func=...)"
             )
-        batches = self._batches([batch])
-        self.look_ahead(batches)
-        return self.language(batches, 0, self.encode(batches))
+        intake = self._ready()
+        with intake.unless_wrong():
+            (batches,) = self._agreed(lambda: [intake.prepare([batch])])
+            self.look_ahead(batches)
+            return self.language(batches, 0, self.encode(batches))
 
     def forward_backward(
         self,
@@ -303,28 +346,50 @@ class Program:
         Raises: LayoutError, before any collective, for batches that cannot be cut or modules that
         nothing would reduce.
         """
-        found, error, length = None, None, 0
-        chunks: list[Batches] = []
-        try:
+        intake = self._ready()
+
+        def prepared() -> list[Batches]:
+            """The chunks, and behind them the whole step."""
             self._check_trainable(forward_only)
-            taken = self._take(batches, num_microbatches)
-            chunks = self._chunks(taken)
-            found = chunks[0] if len(chunks) == 1 else self._prepare(taken)
-            length = seq_length or taken[0]["input_ids"].shape[1]
+            taken = take(batches, num_microbatches)
+            chunks = intake.chunks(self.schedule, taken)
+            return [*chunks, chunks[0] if len(chunks) == 1 else intake.prepare(taken)]
+
+        with intake.unless_wrong():
+            *chunks, found = self._agreed(prepared)
+            return run_step(
+                self,
+                found,
+                chunks,
+                loss_func,
+                forward_only=forward_only,
+                collect_non_loss_data=collect_non_loss_data,
+                force_all_reduce=force_all_reduce,
+                seq_length=seq_length or found.microbatches[0]["input_ids"].shape[1],
+            )
+
+    def _ready(self) -> Intake:
+        if self._intake is None:
+            raise LayoutError(
+                "torch.distributed was not initialised when the program was compiled: it can be "
+                "printed, not run. Call init_process_group before compile()."
+            )
+        if self._destroyed:
+            raise LayoutError("the program was destroyed: compile the model again")
+        return self._intake
+
+    def _agreed(self, prepare: Callable[[], list[Batches]]) -> list[Batches]:
+        """What ``prepare`` returns, the whole step last; its error on any rank is one on all."""
+        intake = self._ready()
+        found, error = None, None
+        try:
+            found = prepare()
+            intake.look(found[-1])
         except Exception as problem:  # noqa: BLE001 - agreed on, then raised on every rank
             error = problem
-        self._agree_once(found, error)
+        intake.agree(None if found is None else found[-1], error)
         assert found is not None
-        return run_step(
-            self,
-            found,
-            chunks,
-            loss_func,
-            forward_only=forward_only,
-            collect_non_loss_data=collect_non_loss_data,
-            force_all_reduce=force_all_reduce,
-            seq_length=length,
-        )
+        return found
 
     @contextlib.contextmanager
     def trace(self, path: str | Path) -> Iterator[None]:
@@ -367,68 +432,6 @@ class Program:
             )
         for name, module in self.trainable().items():
             megatron.require_ddp(name, module)
-
-    def _take(self, batches: Iterable[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-        if type(count) is not int or count < 1:
-            raise LayoutError(f"num_microbatches is {count!r}: give an integer of at least 1")
-        taken = list(islice(iter(batches), count))
-        if len(taken) < count:
-            raise LayoutError(
-                f"the batches ended after {len(taken)} of {count} microbatches. Give {count}, or "
-                f"num_microbatches={len(taken)}"
-            )
-        return taken
-
-    def _batches(self, microbatches: list[Mapping[str, Any]]) -> Batches:
-        found, error = None, None
-        try:
-            found = self._prepare(microbatches)
-        except Exception as problem:  # noqa: BLE001 - agreed on, then raised on every rank
-            error = problem
-        self._agree_once(found, error)
-        assert found is not None
-        return found
-
-    def _chunks(self, microbatches: list[Mapping[str, Any]]) -> list[Batches]:
-        """The batches that the schedule encodes at once."""
-        try:
-            return [
-                self._prepare([microbatches[index] for index in chunk])
-                for chunk in self.schedule.chunks(len(microbatches))
-            ]
-        except LayoutError as problem:
-            if self.schedule.at_once is None:
-                raise
-            raise LayoutError(f"schedule {self.schedule}: {problem}") from problem
-
-    def _prepare(self, microbatches: list[Mapping[str, Any]]) -> Batches:
-        if self.rank is None:
-            raise LayoutError(
-                "torch.distributed was not initialised when the program was compiled: it can be "
-                "printed, not run. Call init_process_group before compile()."
-            )
-        if self._destroyed:
-            raise LayoutError("the program was destroyed: compile the model again")
-        return Batches(
-            self.graph,
-            microbatches,
-            self.rank,
-            self.batch_dims,
-            self._optional,
-            rows_per_item=self._rows_per_item,
-            templates=self._templates,
-        )
-
-    def _agree_once(self, batches: Batches | None, error: Exception | None) -> None:
-        """The first batch is compared across ranks: a rank with another batch is named, not waited
-        for."""
-        if self._agreed or self.rank is None:
-            if error is not None:
-                raise error
-            return
-        text = "" if batches is None else fingerprint(batches.microbatches)
-        agree_on("the batch, which must be global", text, error)
-        self._agreed = True
 
     def trainable(self) -> dict[str, nn.Module]:
         """The modules of the layouts with a parameter that requires grad, in the order of the
@@ -476,6 +479,8 @@ class Program:
     def destroy(self) -> None:
         """Give back the process groups that the program opened."""
         self._destroyed = True
+        if self._intake is not None:
+            self._intake.close()
         if self._world is not None:
             if self.bubbles is not None:
                 self.bubbles.close(self._world)

@@ -127,7 +127,7 @@ class Guards:
                 value = str(value.dtype).removeprefix("torch.")
             elif guard.what == "dtype":
                 continue
-            if value != guard.value:
+            if not _alike(value, guard.value):
                 return (
                     f"this batch has {'.'.join(guard.path)} {value!r}, and the graph holds where "
                     f"{guard.text}. {REMEDY}"
@@ -157,3 +157,9 @@ class Guards:
                 length = value.shape[origin.dim]
                 known[symbol] = length // samples if origin.per_sample else length
         return known
+
+
+def _alike(value: Any, wanted: Any) -> bool:
+    """Whether two plain values are equal: a tensor or an array in place of one is not."""
+    found = value == wanted
+    return found if isinstance(found, bool) else False

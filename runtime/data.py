@@ -8,7 +8,7 @@ replicas, microbatch by microbatch: position p is sample ``p % (M*b)`` of replic
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import lcm
 from typing import Any
@@ -22,10 +22,11 @@ from colocc.layout import Layout
 from colocc.passes.graph import Graph
 from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
-from colocc.passes.solve.plan import Holding
+from colocc.passes.solve.plan import Holding, Intervals
 from colocc.passes.solve.solver import holdings
+from colocc.runtime.fields import check_kinds, check_tokens
 from colocc.runtime.guards import check_guards
-from colocc.runtime.ragged import Ragged, RowsPerItem
+from colocc.runtime.ragged import Learned, Ragged, RowsPerItem
 from colocc.sequence import axes_of, check_length, cuts, part_of
 
 Run = tuple[int, int, int]
@@ -44,12 +45,13 @@ class Batches:
         optional: frozenset[str] = frozenset(),
         *,
         rows_per_item: Mapping[str, RowsPerItem] | None = None,
-        templates: dict[str, Any] | None = None,
+        learned: Learned | None = None,
     ) -> None:
         self.graph, self.rank, self.batch_dims = graph, rank, batch_dims
         self.microbatches = microbatches
         self.optional = optional
         self.size = check_batches(graph, microbatches, batch_dims, optional)
+        check_tokens(graph, microbatches)
         self.sink = graph.layouts[graph.sink]
         check_divides(graph, len(microbatches), self.size)
         check_sequences(graph, microbatches)
@@ -58,24 +60,22 @@ class Batches:
             graph.rows,
             replicas=self.sink.dp,
             rows_per_item=rows_per_item,
-            templates=templates,
+            learned=learned,
         )
 
     def encoder_input(self, node: fx.Node, runs: list[Run] | None = None) -> Any:
         """The samples ``runs`` of an encoder's input; if not given, those that this rank encodes of
         the whole step."""
         module = node.meta["module"]
-        holding = holding_of(self.graph, module)
         if module in self.graph.rows:
             path = node.meta["path"]
             if runs is not None:
                 return self.ragged.input_of_runs(module, runs, path)
-            units = holding.units()[self.rank]
-            return self.ragged.encoder_input(module, units, units_in(holding), path)
+            return self.ragged.encoder_input(module, *self.units(module), path)
         if runs is None:
-            runs = sample_runs(holding, self.sink.dp, len(self.microbatches), self.size, self.rank)
+            runs = self.runs(node)
         # A slot without samples still has an input, of none.
-        parts = [self._cut(node, mb, start, stop) for mb, start, stop in runs or [(0, 0, 0)]]
+        parts = [self.cut(node, mb, start, stop) for mb, start, stop in runs or [(0, 0, 0)]]
         if len(parts) == 1:
             return parts[0]
         dim = dim_of(self.batch_dims, node.meta["path"][0])
@@ -86,13 +86,32 @@ class Batches:
 
         return pytree.tree_map(join, *parts)
 
-    def sink_input(self, node: fx.Node, microbatch: int) -> Any:
-        """The samples of one microbatch that this rank's replica of the sink reads."""
+    def units(self, module: str) -> tuple[Intervals, int]:
+        """The units of a step that this rank holds of ``module``, and how many there are."""
+        holding = holding_of(self.graph, module)
+        return holding.units()[self.rank], units_in(holding)
+
+    def runs(self, node: fx.Node) -> list[Run]:
+        """The samples of an input that this rank reads in the whole step."""
+        module, count = node.meta["module"], len(self.microbatches)
+        if module != self.graph.sink:
+            holding = holding_of(self.graph, module)
+            return sample_runs(holding, self.sink.dp, count, self.size, self.rank)
+        return [(index, *self._replica()) for index in range(count)]
+
+    def _replica(self) -> tuple[int, int]:
+        """The samples of a microbatch that this rank's replica of the sink reads."""
         replica = int(self.sink.coordinates("dp")[self.rank])
         size = self.size // self.sink.dp
-        return self._cut(node, microbatch, replica * size, (replica + 1) * size)
+        return replica * size, (replica + 1) * size
 
-    def _cut(self, node: fx.Node, microbatch: int, start: int, stop: int) -> Any:
+    def sink_input(self, node: fx.Node, microbatch: int) -> Any:
+        """The samples of one microbatch that this rank's replica of the sink reads."""
+        return self.cut(node, microbatch, *self._replica())
+
+    def cut(self, node: fx.Node, microbatch: int, start: int, stop: int) -> Any:
+        """The samples from ``start`` to ``stop`` of an input, and of them this rank's part of the
+        sequence, if its layout cuts that."""
         path = node.meta["path"]
         dim, name = dim_of(self.batch_dims, path[0]), ".".join(path)
         layout = self.graph.layouts[node.meta["module"]]
@@ -203,6 +222,7 @@ def check_batches(
                 value = {key: part for key, part in value.items() if key not in items}
             if not has_rows(batch_dims, str(name)):
                 _check_size(index, name, value, dim_of(batch_dims, str(name)), sizes)
+    check_kinds(graph, microbatches)
     first = next(iter(sizes.values()), None)
     if first is None:
         raise LayoutError("the batch holds no tensor")
@@ -299,19 +319,43 @@ def check_sequences(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> 
         check_length(what, batch["input_ids"].shape[1], sink)
 
 
-def fingerprint(microbatches: Iterable[Mapping[str, Any]]) -> str:
+def fingerprint(batches: Batches) -> str:
     """Names, shapes and a digest of the content of a step's batches."""
-    digest, shapes = hashlib.sha256(), []
-    for batch in microbatches:
+    digest = hashlib.sha256()
+    for leaf in _leaves(batches, digest):
+        if isinstance(leaf, torch.Tensor):
+            flat = leaf.detach().cpu().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return f"shapes {_shapes(batches)[:6]} content {digest.hexdigest()[:16]}"
+
+
+def outline(batches: Batches) -> str:
+    """What of a step's batches decides on its collectives: names, shapes, the rows of samples."""
+    digest = hashlib.sha256()
+    for leaf in _leaves(batches, digest):
+        if isinstance(leaf, torch.Tensor):
+            digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
+    for rows in batches.ragged.rows.values():
+        for part in (rows.starts, rows.position, rows.items):
+            digest.update(part.tobytes())
+    return f"shapes {_shapes(batches)[:6]} rows {digest.hexdigest()[:16]}"
+
+
+def _leaves(batches: Batches, digest: Any) -> list[Any]:
+    """The values of the batches; the digest learns their names, and those that are no tensors."""
+    found = []
+    for batch in batches.microbatches:
         leaves, spec = pytree.tree_flatten(dict(batch))
         digest.update(str(spec).encode())
         for leaf in leaves:
-            if isinstance(leaf, torch.Tensor):
-                shapes.append(list(leaf.shape))
-                flat = leaf.detach().cpu().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
-            else:
+            if not isinstance(leaf, torch.Tensor):
                 # The repr of an object may hold its address, which differs between ranks.
                 plain = isinstance(leaf, (bool, int, float, str, type(None)))
                 digest.update((repr(leaf) if plain else type(leaf).__name__).encode())
-    return f"shapes {shapes[:6]} content {digest.hexdigest()[:16]}"
+        found += leaves
+    return found
+
+
+def _shapes(batches: Batches) -> list[list[int]]:
+    leaves = [leaf for batch in batches.microbatches for leaf in pytree.tree_leaves(dict(batch))]
+    return [list(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -12,6 +12,8 @@ from colocc.passes.graph import Graph, Method
 from colocc.runtime.guards import check_modes
 from colocc.runtime.nodes import call
 
+Settle = Callable[[Mapping[fx.Node, Any], Exception | None], None]
+
 
 class Executor:
     """The nodes of one phase of a graph, bound to the user's model and the redistributions.
@@ -19,7 +21,9 @@ class Executor:
     Submodules are looked up at each call, so a module that was wrapped (by DDP, say) after the
     compile is called through its wrapper. ``calls`` are what runs a node of that name instead of
     the node's own target; ``methods`` stand in for those of the model; redistributions run
-    ``noted``.
+    ``noted``. ``settle`` is called once, before the first redistribution, with the values so far
+    and the error that making them raised, if any, which it raises: what comes before is this
+    rank's own work, what comes after its peers wait for.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class Executor:
         calls: Mapping[str, Callable[..., Any]] | None = None,
         methods: Mapping[str, Callable[..., Any]] | None = None,
         noted: Callable[[str], AbstractContextManager[None]] | None = None,
+        settle: Settle | None = None,
     ) -> None:
         self.model, self.redistributions, self.calls = model, redistributions, calls or {}
         self.guards = graph.guards
@@ -43,6 +48,10 @@ class Executor:
             for n in graph.fx.nodes
             if n.meta["phase"] == phase and n.op not in ("placeholder", "output")
         ]
+        self.settle = settle
+        self.own = len(self.nodes)
+        if settle is not None:
+            self.nodes, self.own = _own_first(self.nodes, redistributions)
         self.results = results
         self.samples: int | None = None
         last: dict[fx.Node, fx.Node] = {}
@@ -62,11 +71,23 @@ class Executor:
         """
         self.samples = samples
         check_modes(self.guards, self.model)
-        for node in self.nodes:
+        if self.settle is None:
+            self._run_all(self.nodes, values)
+        else:
+            try:
+                self._run_all(self.nodes[: self.own], values)
+            except Exception as error:
+                self.settle(values, error)
+                raise
+            self.settle(values, None)
+            self._run_all(self.nodes[self.own :], values)
+        return [values[node] for node in self.results]
+
+    def _run_all(self, nodes: list[fx.Node], values: dict[fx.Node, Any]) -> None:
+        for node in nodes:
             values[node] = self._run(node, values)
             for spent in self.lets_go.get(node, ()):
                 del values[spent]
-        return [values[node] for node in self.results]
 
     def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.name in self.redistributions:
@@ -82,3 +103,15 @@ class Executor:
             return call(node, values, self.model)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         return instead(*args, **kwargs)
+
+
+def _own_first(
+    nodes: list[fx.Node], redistributions: Mapping[str, Any]
+) -> tuple[list[fx.Node], int]:
+    """The nodes with those first that read no redistribution, and how many these are."""
+    moved: set[fx.Node] = set()
+    for node in nodes:
+        if node.name in redistributions or any(n in moved for n in node.all_input_nodes):
+            moved.add(node)
+    own = [node for node in nodes if node not in moved]
+    return own + [node for node in nodes if node in moved], len(own)

@@ -160,18 +160,39 @@ class Bubbles:
                     f"schedule 'filled' needs equally many rows of every sample, {name} makes "
                     f"{counts.min()} to {counts.max()}. Write schedule='three_phase'."
                 )
+            if not counts.any():
+                raise LayoutError(
+                    f"schedule 'filled' needs rows of every sample, {name} makes none in this "
+                    "step. Write schedule='three_phase'."
+                )
         key = tuple(
             tuple(leaf.shape[1:])
             for leaf in pytree.tree_leaves(dict(batches.microbatches[0]))
             if isinstance(leaf, torch.Tensor)
         )
         if key not in self._rows:
-            gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-            with torch.no_grad(), torch.random.fork_rng(gpus):
-                value = self.run_encoder(batches, [(0, 0, 1)])
-            shape = tuple(value.shape)
-            self._rows[key] = Rows(shape, self.dim, value.dtype, value.device)
+            found, error = None, None
+            try:
+                found = self._tried(batches)
+            except Exception as problem:  # noqa: BLE001 - raised on every rank
+                error = problem
+            self.program.settle(error)
+            assert found is not None
+            self._rows[key] = found
         return self._rows[key]
+
+    def _tried(self, batches: Batches) -> Rows:
+        gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.no_grad(), torch.random.fork_rng(gpus):
+            value = self.run_encoder(batches, [(0, 0, 1)])
+        for name, rows in batches.ragged.rows.items():
+            if len(value) != rows.counts[0]:
+                raise LayoutError(
+                    f"{name} made {len(value)} rows of sample 0 of microbatch 0, which has "
+                    f"{rows.counts[0]} placeholders in input_ids. Give each sample as many "
+                    "placeholders as its items make rows."
+                )
+        return Rows(tuple(value.shape), self.dim, value.dtype, value.device)
 
     def run_encoder(self, batches: Batches, runs: list[tuple[int, int, int]]) -> torch.Tensor:
         """The encoder's output for the samples of ``runs``."""

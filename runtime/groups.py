@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 Members = tuple[int, ...]
-Use = Literal["shared", "pipeline", "pipeline back", "embeddings", "gradients", "host"]
+Use = Literal["shared", "pipeline", "pipeline back", "embeddings", "gradients", "host", "agreement"]
 Key = tuple[Use, Members]
 
 
@@ -122,7 +122,7 @@ def _open(key: Key, rank: int, world: int, timeout: timedelta) -> dist.ProcessGr
     if len(members) == world and use == "shared":
         return None  # the default group: the registry must not hold its own key
     # new_group is collective over the whole world, members or not.
-    backend = "gloo" if use == "host" else None
+    backend = "gloo" if use in ("host", "agreement") else None
     group = dist.new_group(list(members), timeout=timeout, backend=backend)
     return group if rank in members else None
 

@@ -11,7 +11,7 @@ All of this is host arithmetic on the global batch: every rank finds the same, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from colocc.errors import LayoutError
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.plan import Intervals
+from colocc.runtime.pairing import rows_each
 from colocc.runtime.rows import Ids, Rows, samples_in, units_of
 
 RowsPerItem = Callable[[Any], "torch.Tensor | Sequence[int]"]
@@ -41,6 +42,21 @@ def on_host(ids: Sequence[torch.Tensor]) -> list[np.ndarray]:
     return [copy.numpy() for copy in copies]
 
 
+@dataclass
+class Learned:
+    """What steps teach those after them.
+
+    ``templates`` are the inputs of one item of each module, for steps that have none; ``each`` is
+    how many rows an item makes, by its shape.
+    """
+
+    templates: dict[str, Any] = field(default_factory=dict)
+    each: dict[Any, int] = field(default_factory=dict)
+
+    def copy(self) -> Learned:
+        return Learned(dict(self.templates), dict(self.each))
+
+
 class Ragged:
     """The rows and items of all modules that make rows, for the microbatches of one step."""
 
@@ -51,24 +67,24 @@ class Ragged:
         *,
         replicas: int,
         rows_per_item: Mapping[str, RowsPerItem] | None = None,
-        templates: dict[str, Any] | None = None,
+        learned: Learned | None = None,
     ) -> None:
-        """``tokens`` is the placeholder of each module; ``replicas`` the reader's dp.
-        ``templates`` keeps the inputs of one item of each module, for steps that have none.
+        """``tokens`` is the placeholder of each module; ``replicas`` the reader's dp. ``learned``
+        is from the steps before, and learns from this one.
 
         Raises: LayoutError for items and placeholders that do not match, with the first sample.
         """
         ids = on_host([batch["input_ids"] for batch in microbatches]) if tokens else []
         given = rows_per_item or {}
-        self.templates = {} if templates is None else templates
+        self.learned = Learned() if learned is None else learned
         self.modules = {
-            name: _Module(name, microbatches, ids, token, replicas, given.get(name))
+            name: _Module(name, microbatches, ids, token, replicas, given.get(name), self.learned)
             for name, token in tokens.items()
         }
         for name, module in self.modules.items():
             template = module.template()
             if template is not None:
-                self.templates[name] = template
+                self.learned.templates[name] = template
 
     @property
     def rows(self) -> dict[str, Rows]:
@@ -82,12 +98,27 @@ class Ragged:
         empty batch, and yet run the collectives of their peers; its rows count for nothing. None
         where no step has had an item.
         """
+        parts = [part for *_, part in self.held(name, units, count, path)]
+        if not parts:
+            return lookup({INPUTS: self.learned.templates}, path)
+        return _join(parts)
+
+    def held(
+        self, name: str, units: Intervals, count: int, path: tuple[str, ...]
+    ) -> list[tuple[int, int, int, Any]]:
+        """The items of ``units``, of ``count`` in a step: (microbatch, first, last, their part of
+        the input)."""
         module = self.modules[name]
         samples = samples_in(units, units_of(module.rows.samples, module.rows.replicas, count))
-        parts = module.cut(samples, path)
-        if not parts:
-            return lookup({INPUTS: self.templates}, path)
-        return _join(parts)
+        return module.cut(samples, path)
+
+    def items_per_sample(self, name: str, microbatch: int) -> Ids:
+        """How many items each sample of a microbatch has."""
+        return self.modules[name].items[microbatch].per_sample
+
+    def rows_per_item(self, name: str, microbatch: int) -> Ids:
+        """The rows of each item of a microbatch."""
+        return self.modules[name].items[microbatch].rows
 
     def input_of_runs(self, name: str, runs: Sequence[Run], path: tuple[str, ...]) -> Any:
         """The part of an input of module ``name`` that holds the items of the samples in ``runs``,
@@ -99,7 +130,7 @@ class Ragged:
         for microbatch, start, stop in runs:
             replica, place = np.divmod(np.arange(start, stop), size)
             found.append(replica * per_step + microbatch * size + place)
-        return _join(module.cut(np.concatenate(found), path))
+        return _join([part for *_, part in module.cut(np.concatenate(found), path)])
 
 
 @dataclass(frozen=True)
@@ -126,8 +157,10 @@ class _Module:
         token: int,
         replicas: int,
         rows_per_item: RowsPerItem | None,
+        learned: Learned,
     ) -> None:
         self.name, self.microbatches, self.replicas = name, microbatches, replicas
+        self.learned = learned
         masks = [found == token for found in ids]
         self.counts = [mask.sum(axis=1) for mask in masks]
         self.inputs = [lookup(batch, (INPUTS, name)) for batch in microbatches]
@@ -161,57 +194,20 @@ class _Module:
     def _alike(self) -> list[_Items]:
         """The items of every microbatch where all of them make equally many rows."""
         numbers = [self._number(index) for index in range(len(self.microbatches))]
-        total, items = sum(int(c.sum()) for c in self.counts), sum(numbers)
-        if items == 0 and total == 0:
-            return [_Items.make(np.zeros_like(c), np.zeros(0, np.int64)) for c in self.counts]
-        if items == 0 or total == 0:
-            raise self._unpaired(total, items)
-        each = total // items
-        found = []
-        for index, (count, number) in enumerate(zip(self.counts, numbers, strict=True)):
-            odd = np.flatnonzero(count % each) if each else np.arange(0)
-            if total % items or len(odd) or int(count.sum()) != each * number:
-                raise self._mismatch(index, numbers, total, odd)
-            found.append(_Items.make(count // each, np.full(number, each)))
-        return found
+        shape = self._shape(numbers)
+        each = rows_each(self.name, self.counts, numbers, self.learned.each.get(shape))
+        if each:
+            self.learned.each[shape] = each
+        return [
+            _Items.make(count // max(1, each), np.full(number, each))
+            for count, number in zip(self.counts, numbers, strict=True)
+        ]
 
-    def _unpaired(self, total: int, items: int) -> LayoutError:
-        if items:
-            return LayoutError(
-                f"{self.name}: the step has {items} items and no placeholder in input_ids: each "
-                "item needs as many as it makes rows. Leave the items out, or put placeholders in."
-            )
-        index, sample = next(
-            (i, int(np.flatnonzero(count)[0])) for i, count in enumerate(self.counts) if count.any()
-        )
-        return LayoutError(
-            f"{self.name}: sample {sample} of microbatch {index} has "
-            f"{self.counts[index][sample]} placeholders in input_ids, and the step has no items. "
-            f"Give {INPUTS}[{self.name!r}], or leave the placeholders out."
-        )
-
-    def _mismatch(self, index: int, numbers: Sequence[int], total: int, odd: Ids) -> LayoutError:
-        items = sum(numbers)
-        count = self.counts[index]
-        text = f"{self.name}: the step has {total} placeholders in input_ids for {items} items"
-        if total % items:
-            text += f", {total} / {items} is not whole"
-        elif len(odd):
-            text += (
-                f", {total // items} each, but sample {odd[0]} of microbatch {index} has "
-                f"{count[odd[0]]}"
-            )
-        else:
-            text += (
-                f", {total // items} each, but microbatch {index} has {int(count.sum())} "
-                f"placeholders for {numbers[index]} items"
-            )
-        worst = ", ".join(map(str, count[:8].tolist())) + ("..." if len(count) > 8 else "")
-        return LayoutError(
-            f"{text} (samples of microbatch {index} have {worst}). Make them match; if items make "
-            f"different numbers of rows, say how many: compile(..., rows={{{self.name!r}: function "
-            "of one microbatch's inputs})"
-        )
+    def _shape(self, numbers: Sequence[int]) -> Any:
+        """What items with the same of it make equally many rows."""
+        index = next((i for i, number in enumerate(numbers) if number), 0)
+        found = tensors_of(self.inputs[index], (self.name,))
+        return (self.name, *((path, tuple(tensor.shape[1:])) for path, tensor in found))
 
     def _stated(self, index: int, rows_per_item: RowsPerItem) -> _Items:
         """The items of one microbatch, with the rows that the user's function says."""
@@ -263,8 +259,9 @@ class _Module:
         index = next((i for i, found in enumerate(self.items) if len(found.rows)), None)
         return None if index is None else self._items_of(index, 0, 1, (INPUTS, self.name))
 
-    def cut(self, samples: Ids, path: tuple[str, ...]) -> list[Any]:
-        """The items of ``samples``, in runs of neighbours within a microbatch."""
+    def cut(self, samples: Ids, path: tuple[str, ...]) -> list[tuple[int, int, int, Any]]:
+        """The items of ``samples``, in runs of neighbours within a microbatch: (microbatch, first,
+        last, their inputs)."""
         size = self.rows.samples // (self.replicas * len(self.items))
         replica, inside = np.divmod(samples, size * len(self.items))
         microbatch, place = np.divmod(inside, size)
@@ -279,7 +276,10 @@ class _Module:
                 runs[-1][2] = last
             else:
                 runs.append([index, first, last])
-        return [self._items_of(index, first, last, path) for index, first, last in runs]
+        return [
+            (index, first, last, self._items_of(index, first, last, path))
+            for index, first, last in runs
+        ]
 
     def _items_of(self, index: int, first: int, last: int, path: tuple[str, ...]) -> Any:
         found = self.items[index]

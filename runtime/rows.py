@@ -57,6 +57,22 @@ class Rows:
         """The rows of each sample."""
         return np.diff(self.starts)
 
+    def place_of(self, sample: int) -> str:
+        """What the user calls a sample."""
+        per_step = self.samples // self.replicas
+        replica, inside = divmod(int(sample), per_step)
+        microbatch, place = divmod(inside, per_step // self.microbatches)
+        place += replica * (per_step // self.microbatches)
+        return f"sample {place} of microbatch {microbatch}"
+
+    def items_of(self, samples: Ids) -> Ids:
+        """How many items each of ``samples`` has."""
+        ends = np.cumsum(self.items)
+        first, last = (
+            np.searchsorted(ends, self.starts[samples + side], side="right") for side in (0, 1)
+        )
+        return last - first
+
     def microbatch_of(self, samples: Ids) -> Ids:
         """The microbatch of each sample."""
         size = self.samples // (self.replicas * self.microbatches)
@@ -145,21 +161,37 @@ def _corners(holding: Holding, rank: int) -> Corners:
     return np.array(low).reshape(-1, dims), np.array(high).reshape(-1, dims)
 
 
-def counted(value: torch.Tensor, wanted: int, who: str) -> torch.Tensor:
-    """The rows that an encoder made, ``wanted`` of them.
+def counted(value: torch.Tensor | None, held: Ids, rows: Rows, who: str) -> torch.Tensor | None:
+    """What an encoder made, if these are as many rows as ``held``; None where it made none of none.
 
     A rank whose samples have no rows encodes something all the same, for the collectives in the
     encoder: it is dropped, and its gradient is zero.
-    Raises: LayoutError for another number.
+    Raises: LayoutError for another number, with a sample whose placeholders do not match.
     """
-    if wanted == 0:
-        return value[:0]
-    if len(value) != wanted:
+    made = 0 if value is None else len(value)
+    if len(held) == 0:
+        return None if value is None else value[:0]
+    if made != len(held):
         raise LayoutError(
-            f"{who} made {len(value)} rows, the samples that it encodes there have {wanted} "
-            "placeholders in input_ids"
+            f"{who} made {made} rows, the samples that it encodes there have {len(held)} "
+            f"placeholders in input_ids{_first_wrong(made, held, rows)}. Give each sample as many "
+            "placeholders as its items make rows."
         )
     return value
+
+
+def _first_wrong(made: int, held: Ids, rows: Rows) -> str:
+    """The first sample that does not have as many placeholders as its items make rows, if these
+    are equally many of each item; else the first sample."""
+    samples = np.unique(np.searchsorted(rows.starts, held, side="right") - 1)
+    counts, items = rows.counts[samples], rows.items_of(samples)
+    if counts.sum() != len(held):  # Each rank makes a part of every item.
+        return ""
+    each, rest = divmod(made, int(items.sum()))
+    wrong = np.flatnonzero(items * each != counts)
+    first = 0 if rest else int(wrong[0])
+    text = f": {rows.place_of(samples[first])} has {counts[first]} for {items[first]} items"
+    return text if rest else f"{text}, which make {items[first] * each} rows"
 
 
 class RowRedistribution:
@@ -168,6 +200,8 @@ class RowRedistribution:
     Set ``rows`` before each call: every rank the same. The result requires grad if the argument
     does, and its backward runs the plan's backward steps, on all ranks.
     """
+
+    _cells: Cells | None = None
 
     def __init__(
         self,
@@ -181,9 +215,24 @@ class RowRedistribution:
         if "slice" in plan.dims:
             raise LayoutError(f"{name}: rows do not move in slices: leave out ranks_per_node")
         self.plan, self.rank, self.name, self.empty = plan, rank, name, empty
-        self.rows: Rows | None = None
         self.forward_steps = _bound(plan.forward, plan.src, groups, rank)
         self.backward_steps = _bound(plan.backward, plan.dst, groups, rank)
+
+    @property
+    def rows(self) -> Rows | None:
+        """The rows of the step at hand."""
+        return None if self._cells is None else self._cells.rows
+
+    @rows.setter
+    def rows(self, rows: Rows) -> None:
+        self._cells = Cells(self.plan, rows)
+        self._held = self._cells.inside(_corners(self.plan.src, self.rank))
+
+    def counted(self, value: torch.Tensor | None) -> torch.Tensor | None:
+        """``value`` if this rank holds so many rows, as ``counted``; without a collective."""
+        assert self._cells is not None, "rows are set before the encoders run"
+        who = f"{self.plan.src.module} on rank {self.rank}"
+        return counted(value, self._held, self._cells.rows, who)
 
     def __call__(self, value: torch.Tensor | None) -> torch.Tensor:
         """Return the rows that this rank reads, by sample and position, from those it holds.
@@ -193,13 +242,11 @@ class RowRedistribution:
         Raises: LayoutError if the encoder made another number of rows than its samples have
         placeholders.
         """
-        assert self.rows is not None, "rows are set before the encoders run"
-        cells = Cells(self.plan, self.rows)
+        value, cells = self.counted(value), self._cells
+        assert cells is not None
         if value is None:
             assert self.empty is not None
             value = self.empty()
-        held = cells.inside(_corners(self.plan.src, self.rank))
-        value = counted(value, len(held), f"{self.plan.src.module} on rank {self.rank}")
         moved: torch.Tensor = _Move.apply(  # type: ignore[no-untyped-call]
             value,
             self,

@@ -231,3 +231,45 @@ def test_the_first_step_sends_through_the_host(processes: ProcessPool) -> None:
         assert any(gradient.any() for gradient in one)
         for gradient, again in zip(one, other, strict=True):
             torch.testing.assert_close(again, gradient)
+
+
+def wrong_on_rank(rank: int, layouts: dict[str, Layout]) -> list[str]:
+    """What a step says whose placeholders are fewer than the rows of an item, on all ranks, and of
+    an encoder that fails on one; a good step follows."""
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts)
+        with colocc.compile(model, layouts, groups=groups, schedule="filled") as program:
+
+            def said(step: list[dict[str, Any]]) -> str:
+                try:
+                    program.forward_backward(step, num_microbatches=3, loss_func=mimo.loss_func)
+                except (LayoutError, RuntimeError) as error:
+                    return str(error)
+                return "accepted"
+
+            fewer, text = batches(3), batches(3)
+            for one, none in zip(fewer, text, strict=True):
+                one["input_ids"][:, 1] = 0
+                none["input_ids"].clamp_(max=mimo.VOCABULARY - 8)
+                none["modality_inputs"] = None
+            found = [said(fewer), said(text)]
+
+            def fail(*unused: Any) -> None:
+                raise RuntimeError("no kernel")
+
+            encoder: Any = model.modality_submodules["images"]
+            hook = encoder.register_forward_pre_hook(fail) if rank else None
+            found.append(said(batches(3)))
+            if hook is not None:
+                hook.remove()
+            return [*found, said(batches(3))]
+
+
+def test_what_the_first_try_of_a_shape_finds_is_one_error_on_all(processes: ProcessPool) -> None:
+    ranks = processes.run(2, partial(wrong_on_rank, layouts=layouts_of(*TWO)))
+    (fewer, text, failed, good) = ranks[0]
+    assert ranks[1] == ranks[0]
+    assert "images made 3 rows of sample 0 of microbatch 0, which has 2 placeholders" in fewer
+    assert "schedule 'filled' needs rows of every sample, images makes none" in text
+    assert failed == "rank 1: no kernel"
+    assert good == "accepted"

@@ -13,7 +13,7 @@ import torch
 import colocc
 from colocc import Layout, LayoutError
 from colocc.runtime import cpu
-from colocc.runtime.ragged import Ragged
+from colocc.runtime.ragged import Learned, Ragged
 from colocc.testing import Run, compare, float64, observed, oracle, relative_l2, watch_input
 from tests import mimo, ragged
 from tests.harness import ProcessPool
@@ -177,8 +177,8 @@ def test_rows_are_in_the_order_of_replicas_then_microbatches() -> None:
 
 def test_a_slot_without_items_gets_one_of_the_step_or_of_one_before() -> None:
     one, two = placed([0, 0], [3, 3])
-    templates: dict[str, Any] = {}
-    given: Any = {"replicas": 1, "templates": templates}
+    learned = Learned()
+    given: Any = {"replicas": 1, "learned": learned}
     text = [{**one, "modality_inputs": None}]
     assert Ragged(text, TOKENS, **given).encoder_input("images", WHOLE, 1, PATH) is None
     mixed = Ragged([one, with_items(two, [20, 21])], TOKENS, **given)

@@ -1,0 +1,84 @@
+"""The fields of a batch: what each may be, before anything is cut from it.
+
+Only tensors are cut by sample. A list or an array in a batch would reach every rank whole, or
+nowhere, so it is refused; a plain value beside the tensors of an encoder's input (an option of it)
+is handed on as it is, and must be the same in all microbatches of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from colocc.errors import LayoutError
+from colocc.passes.graph import Graph
+from colocc.passes.shapes import lookup
+
+PLAIN = (bool, int, float, str, torch.dtype, torch.device)
+
+
+def plain(batch: Any) -> Any:
+    """``batch`` with every mapping in it a dict: what a loader or a processor of Hugging Face
+    returns may be a mapping of its own kind."""
+    if not isinstance(batch, Mapping):
+        return batch
+    return {key: plain(value) for key, value in batch.items()}
+
+
+def check_kinds(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None:
+    """Raise LayoutError for a field that is neither a tensor nor a plain value, or a plain value
+    that is not the same in all microbatches."""
+    placeholders = {node.meta["path"]: node.meta["module"] for node in graph.placeholders()}
+    for path, module in sorted(placeholders.items()):
+        options = PLAIN if module in graph.rows or (graph.guards is None and path[1:]) else ()
+        kept: dict[tuple[str, ...], Any] = {}
+        for index, batch in enumerate(microbatches):
+            for where, value in _leaves(lookup(batch, path), path):
+                if value is None or isinstance(value, torch.Tensor):
+                    continue
+                if not isinstance(value, options):
+                    raise LayoutError(_no_tensor(index, where, value))
+                if kept.setdefault(where, value) != value:
+                    raise LayoutError(
+                        f"{'.'.join(where)} is {kept[where]!r} in one microbatch and {value!r} in "
+                        f"microbatch {index}: what is no tensor is one for the whole step. Give a "
+                        "tensor with an entry for each sample or item."
+                    )
+
+
+def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(part, (*path, str(key)))
+    else:
+        yield path, value
+
+
+def _no_tensor(index: int, path: tuple[str, ...], value: Any) -> str:
+    kind = type(value)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    what = f"{'.'.join(path)} of microbatch {index} is a {name}"
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+        return (
+            f"{what} of {len(value)} tensors: only a tensor is cut by sample. Join them in dim 0, "
+            "and pad them or say the rows of each with compile(rows=) where their sizes differ."
+        )
+    return f"{what}: only a tensor is cut by sample. Give one, such as torch.as_tensor(...)."
+
+
+def check_tokens(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None:
+    """Raise LayoutError unless input_ids, in which the placeholders of rows stand, is [b, s]."""
+    for index, batch in enumerate(microbatches if graph.rows else ()):
+        ids = batch.get("input_ids")
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            found = (
+                f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
+                if isinstance(ids, torch.Tensor)
+                else f"a {type(ids).__name__}"
+            )
+            raise LayoutError(
+                f"input_ids of microbatch {index} is {found}: give a tensor of integers "
+                "[samples, tokens]"
+            )

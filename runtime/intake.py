@@ -1,0 +1,130 @@
+"""What the user hands to a step: checked, cut for this rank, and agreed on by all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
+from itertools import islice
+from typing import Any
+
+from colocc.errors import LayoutError
+from colocc.passes.graph import Graph
+from colocc.passes.rows import BatchDims
+from colocc.runtime.agreement import Agreement, Check
+from colocc.runtime.data import Batches, fingerprint, outline
+from colocc.runtime.fields import plain
+from colocc.runtime.finite import check_finite
+from colocc.runtime.ragged import Learned, RowsPerItem
+from colocc.runtime.schedule import Schedule
+
+
+def take(batches: Iterable[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """The next ``count`` microbatches of ``batches``. Raises: LayoutError if there are fewer."""
+    if type(count) is not int or count < 1:
+        raise LayoutError(f"num_microbatches is {count!r}: give an integer of at least 1")
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise LayoutError(
+            f"the batches are a {type(batches).__name__}: give a list or an iterator of dicts, one "
+            "for each microbatch"
+        )
+    taken = list(islice(iter(batches), count))
+    if len(taken) < count:
+        raise LayoutError(
+            f"the batches ended after {len(taken)} of {count} microbatches. Give {count}, or "
+            f"num_microbatches={len(taken)}"
+        )
+    return taken
+
+
+class Intake:
+    """The way of a step's batches into a program on ``rank``.
+
+    ``mine`` is the graph of this rank. What a step teaches (the rows of an item, an item for slots
+    that have none) is kept only if the step comes to its end.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        mine: Graph,
+        rank: int,
+        batch_dims: BatchDims,
+        optional: frozenset[str],
+        *,
+        rows_per_item: Mapping[str, RowsPerItem],
+        check: Check,
+        timeout: timedelta,
+    ) -> None:
+        self.graph, self.mine, self.rank = graph, mine, rank
+        self.batch_dims, self.optional, self.rows_per_item = batch_dims, optional, rows_per_item
+        self.check = check
+        self.agreement = Agreement(timeout)
+        self.learned = Learned()
+        self._compared = False
+
+    def prepare(self, microbatches: list[Mapping[str, Any]]) -> Batches:
+        """The microbatches, cut for this rank. Raises: LayoutError, CaptureError."""
+        return Batches(
+            self.graph,
+            [plain(batch) for batch in microbatches],
+            self.rank,
+            self.batch_dims,
+            self.optional,
+            rows_per_item=self.rows_per_item,
+            learned=self.learned,
+        )
+
+    def chunks(self, schedule: Schedule, microbatches: list[Mapping[str, Any]]) -> list[Batches]:
+        """The batches that ``schedule`` encodes at once."""
+        try:
+            return [
+                self.prepare([microbatches[index] for index in chunk])
+                for chunk in schedule.chunks(len(microbatches))
+            ]
+        except LayoutError as problem:
+            if schedule.at_once is None:
+                raise
+            raise LayoutError(f"schedule {schedule}: {problem}") from problem
+
+    def look(self, batches: Batches) -> None:
+        """Raise LayoutError for a NaN or inf that this rank reads, if that is to be checked."""
+        if self.check == "finite":
+            check_finite(batches, self.mine.placeholders())
+
+    def agree(self, batches: Batches | None, error: Exception | None) -> None:
+        """Return if no rank has an ``error`` and all were given the same batch.
+
+        The first batch is compared as a whole, later ones by what decides on the collectives:
+        names, shapes and the rows of each sample. Collective, but for later batches with
+        check="first".
+        """
+        if self._compared and self.check == "first":
+            if error is not None:
+                raise error
+            return
+        compare = outline if self._compared else fingerprint
+        text = "" if batches is None else compare(batches)
+        self.agreement.settle("the batch, which must be global", text, error)
+        self._compared = True
+
+    def settle(self, error: Exception | None) -> None:
+        """Raise an ``error`` that any rank had when it encoded on all of them."""
+        if self.check != "first":
+            self.agreement.settle("what the encoders made", "", error)
+        elif error is not None:
+            raise error
+
+    @contextlib.contextmanager
+    def unless_wrong(self) -> Iterator[None]:
+        """Inside, an error takes back what the step has taught."""
+        before = self.learned.copy()
+        try:
+            yield
+        except BaseException:
+            self.learned = before
+            raise
+
+    def close(self) -> None:
+        """Give the group back; what is then asked of this rank alone is its own."""
+        self.agreement.close()
