@@ -90,8 +90,9 @@ class Mixer(MegatronModule):
     def _convolved(self, mixed: Tensor) -> Tensor:
         """Each channel of each head convolved with its taps over the positions up to its own."""
         flat = pad(mixed.flatten(2).permute(1, 2, 0), (TAPS - 1, 0))
-        found = conv1d(flat, self.taps.view(-1, 1, TAPS), groups=flat.shape[1])
-        return silu(found).permute(2, 0, 1).unflatten(2, mixed.shape[2:])
+        taps = self.taps.view(-1, 1, TAPS)
+        found = silu(conv1d(flat, taps, groups=flat.shape[1]))
+        return found.permute(2, 0, 1).reshape(mixed.shape)
 
 
 class Stack(HybridStack):
