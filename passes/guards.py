@@ -18,6 +18,7 @@ from torch import fx
 
 from colocc.passes.shapes import lookup
 from colocc.passes.sizes import Origin, evaluated
+from colocc.passes.structure import is_constant
 
 REMEDY = "Compile again with such a batch as example_inputs, or give batches like the example's."
 
@@ -127,7 +128,7 @@ class Guards:
                 value = str(value.dtype).removeprefix("torch.")
             elif guard.what == "dtype":
                 continue
-            if value != guard.value:
+            if not is_constant(value) or value != guard.value:
                 return (
                     f"this batch has {'.'.join(guard.path)} {value!r}, and the graph holds where "
                     f"{guard.text}. {REMEDY}"

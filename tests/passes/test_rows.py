@@ -17,5 +17,5 @@ def test_what_is_said_of_an_input(said: BatchDim, dim: int | None, rows: bool) -
 
 def test_rows_that_do_not_divide() -> None:
     assert rows_per_sample("pixels", 12, 4) == 3
-    with pytest.raises(LayoutError, match="pixels has 13 rows for 4 samples: 13 % 4 = 1. Give"):
+    with pytest.raises(LayoutError, match=r"pixels has 13 rows for 4 samples: 13 % 4 = 1\."):
         rows_per_sample("pixels", 13, 4)

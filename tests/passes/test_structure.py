@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from colocc.passes.structure import Rebuilt, Slot, children, is_plain, rebuilt, tensors_in
+from colocc.passes.structure import (
+    Rebuilt,
+    Slot,
+    children,
+    is_constant,
+    is_plain,
+    rebuilt,
+    tensors_in,
+)
 
 
 class Pair(NamedTuple):
@@ -56,3 +64,10 @@ def test_slots_are_filled_at_any_depth() -> None:
     target = Rebuilt(Record(Slot(1), [Slot(0), {"kind": "plain"}]))
     assert target("zero", "one") == Record("one", ["zero", {"kind": "plain"}])
     assert (target.__name__, target.is_record, Rebuilt([]).is_record) == ("Record", True, False)
+
+
+def test_what_can_be_compared() -> None:
+    for value in (None, 1.5, "a", (1, [2, {"a": {3}}]), torch.float32, Record(1), slice(1, 2)):
+        assert is_constant(value)
+    for odd in (torch.zeros(1), [torch.zeros(1)], object(), Record(object()), {1, len}):
+        assert not is_constant(odd)
