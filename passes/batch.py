@@ -123,6 +123,7 @@ BY_DIM: dict[str, tuple[int, Any]] = {
     "split": (2, 0),
     "narrow": (1, None),
     "select": (1, None),
+    "unbind": (1, 0),
     "index_select": (1, None),
     "repeat_interleave": (2, None),
     "normalize": (2, 1),

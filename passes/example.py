@@ -21,7 +21,7 @@ from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
 from colocc.passes.shapes import batch_size_of, short_dtype
 from colocc.passes.sizes import Sizes, dims_of
 from colocc.passes.source import line_of
-from colocc.passes.structure import tensors_in
+from colocc.passes.structure import is_constant, tensors_in
 from colocc.passes.trace import explained
 from colocc.passes.watch import checks_of_data, every_call, reads_of_training, unchanged, watched
 
@@ -117,9 +117,13 @@ def _arguments(
         if isinstance(value, torch.Tensor):
             made = _fake(recorder, path, value, batch_dims)
             recorder.placeholder(path, made, value)
+            dtype = str(value.dtype).removeprefix("torch.")
+            recorder.guards.values.append(ValueGuard(path, "dtype", dtype))
             return made
         if isinstance(value, Mapping):
             return {key: make((*path, str(key)), item) for key, item in value.items()}
+        if not is_constant(value):
+            raise CaptureError(_not_an_input(".".join(path), value))
         recorder.guards.values.append(ValueGuard(path, "value", value))
         return value
 
@@ -142,6 +146,19 @@ def _arguments(
             if needed or name in traits.inputs:
                 arguments[name] = recorder.unknown((name,), required=name not in traits.inputs)
     return arguments
+
+
+def _not_an_input(name: str, value: Any) -> str:
+    """What to say of a value that can be neither an input nor a guard."""
+    kind = type(value).__name__
+    if next(tensors_in(value), None) is not None:
+        remedy = "holds tensors. Give them as one tensor, or in a dict that names each"
+    else:
+        remedy = (
+            "cannot be compared with that of another batch. Give a tensor, a dict of tensors, or "
+            "plain numbers and strings; what never changes belongs into the model"
+        )
+    return f"example_inputs: {name} is a {kind}, which {remedy}."
 
 
 def _whole(recorder: Recorder, path: tuple[str, ...], value: Any, batch_dims: BatchDims) -> Any:

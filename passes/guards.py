@@ -18,6 +18,7 @@ from torch import fx
 
 from colocc.passes.shapes import lookup
 from colocc.passes.sizes import Origin, evaluated
+from colocc.passes.structure import is_constant
 
 REMEDY = "Compile again with such a batch as example_inputs, or give batches like the example's."
 
@@ -127,7 +128,7 @@ class Guards:
                 value = str(value.dtype).removeprefix("torch.")
             elif guard.what == "dtype":
                 continue
-            if not _alike(value, guard.value):
+            if not is_constant(value) or value != guard.value:
                 return (
                     f"this batch has {'.'.join(guard.path)} {value!r}, and the graph holds where "
                     f"{guard.text}. {REMEDY}"
@@ -157,9 +158,3 @@ class Guards:
                 length = value.shape[origin.dim]
                 known[symbol] = length // samples if origin.per_sample else length
         return known
-
-
-def _alike(value: Any, wanted: Any) -> bool:
-    """Whether two plain values are equal: a tensor or an array in place of one is not."""
-    found = value == wanted
-    return found if isinstance(found, bool) else False

@@ -7,6 +7,7 @@ rank would see only a part of what it mixes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ def sequences(graph: Graph, sequence_dims: Mapping[str, int]) -> None:
     for node in graph.fx.nodes:
         if node.op == "output":
             continue
-        name = graph.module_of(node)
+        name = _taken_from(graph, node)
         if node.op == "placeholder":
             name = node.meta["path"][0]
         if name is not None:
@@ -74,6 +75,16 @@ def _check_number(node: fx.Node, number: Number) -> None:
                 f"sequence {found.module} ({found.layout}) cuts: each rank sees only a part. Move "
                 "it into a module that the layouts name."
             )
+
+
+def _taken_from(graph: Graph, node: fx.Node) -> str | None:
+    """The module that makes a value, or the several tensors that it is one of."""
+    while node.target in (operator.getitem, getattr):
+        (source,) = node.all_input_nodes[:1]
+        if isinstance(source.meta["types"], Type):
+            return None
+        node = source
+    return graph.module_of(node)
 
 
 def _sequence(node: fx.Node) -> int | None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
 
+CONSTANTS = (
+    *(type(None), bool, int, float, complex, str, bytes, range, slice, Enum),
+    *(torch.dtype, torch.device, torch.memory_format),
+)
 Step = tuple[str, Any]
 """One step into a container: ("item", key or index) or ("field", name)."""
 
@@ -51,6 +56,14 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
         return
     for _, part in children(value) or []:
         yield from tensors_in(part)
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a value is no tensor and holds none, and equals another of the same content."""
+    if isinstance(value, CONSTANTS):
+        return True
+    parts = value if isinstance(value, (set, frozenset)) else [p for _, p in children(value) or []]
+    return (children(value) is not None or value is parts) and all(map(is_constant, parts))
 
 
 def is_plain(value: Any) -> bool:

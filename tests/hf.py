@@ -217,3 +217,30 @@ def voxtral_batch(seed: int = 0, size: int = 8) -> dict[str, Any]:
         "input_features": random(seed, size, 6, 16),
         "labels": ids.roll(1, 1),
     }
+
+
+def qwen_audio() -> nn.Module:
+    """Qwen2AudioForConditionalGeneration, which asks the ids whether they were expanded."""
+    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+    config = Qwen2AudioConfig(
+        audio_config={
+            "d_model": 16,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "num_mel_bins": 6,
+            "max_source_positions": 8,
+        },
+        text_config={**TEXT, "model_type": "qwen2"},
+        audio_token_index=PLACE,
+    )
+    return seeded(Qwen2AudioForConditionalGeneration(config))
+
+
+def qwen_audio_batch(seed: int = 0, size: int = 8) -> dict[str, Any]:
+    return {
+        **voxtral_batch(seed, size),
+        "feature_attention_mask": torch.ones(size, 16, dtype=torch.int64),
+        "attention_mask": torch.ones(size, LENGTH, dtype=torch.int64),
+    }

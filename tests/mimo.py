@@ -11,8 +11,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    model_parallel_cuda_manual_seed,
+)
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -24,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from colocc.layout import Layout
 from colocc.runtime.attention import SdpaAttention
 from colocc.testing import seed_parameters
+from tests import hybrid
 
 HIDDEN, HEADS, ENCODER_HIDDEN, VOCABULARY = 32, 8, 16, 64
 LENGTH, ROWS, FEATURES = 12, 3, 6
@@ -31,15 +38,15 @@ LENGTH, ROWS, FEATURES = 12, 3, 6
 
 class Encoder(MegatronModule):
     """A projection in, Megatron's TransformerBlock, a projection out: [b, s, 6] -> [b, s,
-    hidden]."""
+    width]."""
 
-    def __init__(self, config: TransformerConfig, groups: Any) -> None:
+    def __init__(self, config: TransformerConfig, groups: Any, width: int = HIDDEN) -> None:
         super().__init__(config)
         self.inward = torch.nn.Linear(FEATURES, ENCODER_HIDDEN, dtype=config.params_dtype)
         self.trunk = TransformerBlock(
             config, layer_spec(AttnMaskType.no_mask), pg_collection=groups
         )
-        self.outward = torch.nn.Linear(ENCODER_HIDDEN, HIDDEN, dtype=config.params_dtype)
+        self.outward = torch.nn.Linear(ENCODER_HIDDEN, width, dtype=config.params_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.trunk(self.inward(x).transpose(0, 1).contiguous(), None)
@@ -73,6 +80,21 @@ def layer_spec(mask: AttnMaskType) -> ModuleSpec:
     return spec
 
 
+def projector_spec(layout: Layout, groups: Any) -> ModuleSpec:
+    """Megatron's projector from an encoder's width to the language model's, on an encoder's
+    layout."""
+    config = config_of(replace(layout, cp=1, ep=1), 1, HIDDEN)
+    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    params = {
+        "config": config,
+        "submodules": submodules,
+        "projector_type": "mlp",
+        "input_size": ENCODER_HIDDEN,
+        "tp_group": groups.tp,
+    }
+    return ModuleSpec(module=MultimodalProjector, params=params)
+
+
 def config_of(layout: Layout, layers: int, hidden: int, **options: Any) -> TransformerConfig:
     dtype = torch.get_default_dtype()
     return TransformerConfig(
@@ -104,6 +126,8 @@ def build(
     overlap: bool = False,
     gather: bool = False,
     recompute: bool = False,
+    is_hybrid: bool = False,
+    projector: bool = False,
     wrap: bool = True,
     length: int = LENGTH,
     seed: int = 0,
@@ -135,18 +159,20 @@ def build(
                 "encoders": {
                     "vit": ModuleSpec(
                         module=Encoder,
-                        params={"config": configs[name], "groups": groups[name]},
+                        params={
+                            "config": configs[name],
+                            "groups": groups[name],
+                            "width": ENCODER_HIDDEN if projector else HIDDEN,
+                        },
                     )
-                }
+                },
+                "input_projections": [projector_spec(layouts[name], groups[name])] * projector,
             },
         )
         for name in names
     }
-    gpt = {
+    common = {
         "config": configs["language"],
-        "transformer_layer_spec": sequence_parallel_block(language, 4)
-        if sequence_parallel
-        else layer_spec(AttnMaskType.causal),
         "vocab_size": VOCABULARY,
         "max_sequence_length": length,
         "pre_process": pg.pp.rank() == 0,
@@ -155,12 +181,17 @@ def build(
         "scatter_embedding_sequence_parallel": False,
         "pg_collection": pg,
     }
+    layer = layer_spec(AttnMaskType.causal)
+    block = sequence_parallel_block(language, 4) if sequence_parallel else layer
+    gpt = ModuleSpec(module=GPTModel, params={**common, "transformer_layer_spec": block})
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "MimoModel is experimental"
         model = MimoModel(
             MimoModelConfig(
-                language_model_spec=ModuleSpec(module=GPTModel, params=gpt),
+                language_model_spec=hybrid.language_spec(layer.submodules, language.pp, common)
+                if is_hybrid
+                else gpt,
                 modality_submodules_spec=specs,
                 special_token_ids={n: VOCABULARY - 1 - i for i, n in enumerate(names)},
             ),

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import colocc
-from colocc import Layout, Rows
+from colocc import CaptureError, Layout, LayoutError, Rows
 from colocc.testing import float64, relative_l2
 from tests.harness import run_threads
 from tests.hf import (
+    PLACE,
     llava,
     llava_batch,
+    qwen_audio,
+    qwen_audio_batch,
     qwen_vl,
     qwen_vl_batch,
     two_eyes,
@@ -171,3 +174,58 @@ def test_voxtral() -> None:
         "lm_head": TEXT,
     }
     check_trained(voxtral(), layouts, [voxtral_batch(step) for step in range(STEPS)])
+
+
+def test_qwen_audio_branches_on_data() -> None:
+    layouts = {
+        "model.audio_tower": WIDE,
+        "model.multi_modal_projector": TEXT,
+        "model.language_model": TEXT,
+        "lm_head": TEXT,
+    }
+    model, batch = qwen_audio(), qwen_audio_batch()
+    assert loss_of(model(**batch)).isfinite()
+    with pytest.raises(CaptureError) as info:
+        colocc.compile(model, layouts, example_inputs=batch)
+    assert "looks at the value of a tensor" in str(info.value)
+    assert "modeling_qwen2_audio.py" in str(info.value) and "legacy_processing" in str(info.value)
+
+
+def uneven(images: int) -> Batch:
+    """Samples with no image, one and two; their placeholders fit."""
+    batch = llava_batch()
+    batch["input_ids"][:2] = batch["input_ids"][0]
+    batch["input_ids"][0][batch["input_ids"][0] == PLACE] = 5
+    batch["input_ids"][1, 8:] = PLACE
+    batch["pixel_values"] = batch["pixel_values"].repeat(2, 1, 1, 1)[:images]
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("dims", "images", "problem"),
+    [
+        ({}, 8, "sample 0 has 0 places for embeddings and 4 embeddings"),
+        ({}, 9, "pixel_values of microbatch 0 has 9 samples in dim 0, input_ids"),
+        ({"pixel_values": Rows()}, 9, "has 9 rows for 8 samples: 9 % 8 = 1. Give every sample"),
+        ({"pixel_values": Rows()}, 8, "sample 0 has 0 places for embeddings and 4 embeddings"),
+    ],
+)
+def test_samples_with_different_numbers_of_images_are_refused_alike(
+    dims: Any, images: int, problem: str
+) -> None:
+    model, language = llava(), Layout(tp=2)
+    layouts = {name: Layout(dp=2) if "tower" in name else language for name in LLAVA}
+
+    def main(rank: int) -> str:
+        mine = copy.deepcopy(model)
+        with colocc.compile(
+            mine, layouts, example_inputs=llava_batch(), batch_dims=dims
+        ) as program:
+            try:
+                program(**uneven(images))
+            except (CaptureError, LayoutError) as error:
+                return str(error)
+        return "accepted"
+
+    (text,) = set(run_threads(2, main, timeout=60))
+    assert problem in text

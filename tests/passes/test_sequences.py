@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from colocc.errors import CaptureError
@@ -75,6 +76,31 @@ def test_glue_that_may_mix_positions_is_refused(name: str) -> None:
 def test_an_input_that_is_not_named_is_not_cut_with_the_others() -> None:
     with pytest.raises(CaptureError, match="mul on a value whose sequence is cut"):
         graph_with(lambda x, mask: x * mask, {"vision": 1})
+
+
+class Several(nn.Linear):
+    """Its output twice, side by side and in a dict."""
+
+    def forward(self, x: Tensor) -> Any:
+        made = super().forward(x)
+        return made, {"states": [made * 2]}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_part_of_what_a_module_makes_has_its_sequence(which: int) -> None:
+    class Model(Pair):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision = Several(16, 8)
+
+        def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+            plain, more = self.vision(images)
+            out: Tensor = self.language([plain, more["states"][0]][which] * mask)
+            return out
+
+    layouts = {"vision": WHOLE, "language": CUT}
+    graph = graph_of(Model(), layouts, BATCH, sequence_dims={"vision": 1, "mask": 1})
+    assert str(read_by_language(graph)) == "f32[8@dp,16@cp,8]"
 
 
 class After(Pair):
