@@ -146,8 +146,7 @@ class Sizes:
 
 def evaluated(expr: sympy.Basic, values: Mapping[sympy.Symbol, int]) -> Any:
     """``expr`` as a plain number or truth value."""
-    found = sympy_interp(PythonReferenceAnalysis, dict(values), expr)
-    return bool(found) if isinstance(found, (bool, sympy.logic.boolalg.BooleanAtom)) else found
+    return sympy_interp(PythonReferenceAnalysis, dict(values), expr)
 
 
 def dims_of(sizes: Sizes, shape: Any) -> tuple[tuple[Dim, ...], int | None] | None:

@@ -26,7 +26,9 @@ def check_guards(graph: Graph, batch: Mapping[str, Any], samples: int, where: st
         return
     for node in graph.placeholders():
         value = lookup(batch, node.meta["path"])
-        if isinstance(node.meta.get("shapes"), tuple) and not isinstance(value, torch.Tensor):
+        if value is None or isinstance(value, torch.Tensor):
+            continue
+        if isinstance(node.meta.get("shapes"), tuple):
             raise CaptureError(
                 f"{where}: {'.'.join(node.meta['path'])} is a {type(value).__name__}, and the "
                 f"example had the tensor {node.meta['types']}. Give a tensor."

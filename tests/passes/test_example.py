@@ -109,11 +109,15 @@ def test_a_value_that_can_be_compared_is_a_guard(name: str) -> None:
     graph = captured(pixels=pixels(), options={"kind": "none", "odd": (CONSTANT[name],)})
     assert graph.guards is not None
     odd = next(guard for guard in graph.guards.values if guard.path == ("options", "odd"))
-    batch = {"pixels": pixels(), "options": {"kind": "none", "odd": (copy.copy(CONSTANT[name]),)}}
-    assert graph.guards.failed(batch, SIZE, [SIZE]) is None
+
+    def failed(value: Any) -> str | None:
+        assert graph.guards is not None
+        given = {"pixels": pixels(), "options": {"kind": "none", "odd": value}}
+        return graph.guards.failed(given, SIZE, [SIZE])
+
+    assert failed((copy.copy(CONSTANT[name]),)) is None
     for other in ((7,), torch.zeros(2), (Opaque(),), None):
-        batch["options"]["odd"] = other
-        problem = graph.guards.failed(batch, SIZE, [SIZE])
+        problem = failed(other)
         assert problem is not None and odd.text in problem
 
 

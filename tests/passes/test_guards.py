@@ -63,6 +63,10 @@ def test_values_and_dtypes() -> None:
             f"this batch has options.kind {shown}, and the graph holds where options.kind is "
             f"'cubic'. {REMEDY}"
         )
+    scale = guards(values=[ValueGuard(("scale",), "value", 2.0)])
+    assert scale.failed({"scale": 2.0}, 4, [4]) is None
+    problem = scale.failed({"scale": torch.zeros(2)}, 4, [4])
+    assert problem is not None and "scale tensor([0., 0.]), and the graph holds" in problem
     dtype = guards(values=[ValueGuard(("ids",), "dtype", "int64")])
     assert dtype.failed({"ids": torch.zeros(4, 6, dtype=torch.int64)}, 4, [4]) is None
     problem = dtype.failed(batch(), 4, [4])

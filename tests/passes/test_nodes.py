@@ -46,13 +46,14 @@ def test_constants_devices_and_sizes() -> None:
 
 def test_parts_of_a_value_are_read_by_steps_once() -> None:
     made = Made()
-    parts = {"a": [made.x + 1], "b": (made.x + 2,)}
+    parts = {"a": [made.x + 1, made.x + 2], "b": (made.x + 3,)}
     whole = made.made(parts)
     first = made.nodes.operand(parts["a"][0])
     assert first.args[1] == 0 and first.args[0].args == (whole, "a")
     count = len(made.nodes.graph.nodes)
     assert made.nodes.operand(parts["a"][0]) is first
     assert len(made.nodes.graph.nodes) == count
+    assert made.nodes.operand(parts["a"][1]).args[0] is first.args[0]
 
 
 def test_a_parameter_is_read_by_its_path() -> None:

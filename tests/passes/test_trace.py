@@ -34,7 +34,7 @@ def test_reads_and_inputs_that_nothing_uses_are_dropped() -> None:
 
 
 def test_only_inputs_become_placeholders() -> None:
-    graph = trace(Pair(lambda x, mask: x * mask), TARGETS, Traits(), {**inputs(), "mask": 3.0})  # type: ignore[dict-item]
+    graph = trace(Pair(lambda x, mask: x * mask), TARGETS, Traits(), {**inputs(), "mask": 3.0})
     assert [n.meta["path"] for n in graph.nodes if n.op == "placeholder"] == [("images",)]
 
 

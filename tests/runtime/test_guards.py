@@ -97,8 +97,7 @@ def test_an_input_of_another_dtype_or_no_tensor(graph: Graph) -> None:
     text = broken(graph, pixels=given["pixels"].double())
     assert "this batch has pixels 'float64', and the graph holds where pixels.dtype is" in text
     assert broken(graph, pixels=given["pixels"].tolist()) == (
-        "microbatch 0: pixels is a list, and the example had the tensor f32[8@dp,2,4]. Give a\n"
-        "    tensor."
+        "microbatch 0: pixels is a list, and the example had the tensor f32[8@dp,2,4]. Give a tensor."
     )
 
 
