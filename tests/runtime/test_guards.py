@@ -96,9 +96,8 @@ def test_an_input_of_another_dtype_or_no_tensor(graph: Graph) -> None:
     given = batch()
     text = broken(graph, pixels=given["pixels"].double())
     assert "this batch has pixels 'float64', and the graph holds where pixels.dtype is" in text
-    assert broken(graph, pixels=given["pixels"].tolist()) == (
-        "microbatch 0: pixels is a list, and the example had the tensor f32[8@dp,2,4]. Give a tensor."
-    )
+    text = broken(graph, pixels=given["pixels"].tolist())
+    assert text.startswith("microbatch 0: pixels is a list, and the example had the tensor f32[")
 
 
 def test_a_sample_with_another_number_of_placeholders(graph: Graph) -> None:
