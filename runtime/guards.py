@@ -24,15 +24,6 @@ def check_guards(graph: Graph, batch: Mapping[str, Any], samples: int, where: st
     guards = graph.guards
     if guards is None:
         return
-    for node in graph.placeholders():
-        value = lookup(batch, node.meta["path"])
-        if value is None or isinstance(value, torch.Tensor):
-            continue
-        if isinstance(node.meta.get("shapes"), tuple):
-            raise CaptureError(
-                f"{where}: {'.'.join(node.meta['path'])} is a {type(value).__name__}, and the "
-                f"example had the tensor {node.meta['types']}. Give a tensor."
-            )
     counts = sorted({max(1, samples // layout.dp) for layout in graph.layouts.values()})
     problem = guards.failed(batch, samples, counts)
     for scatter in guards.scatters if problem is None else ():
