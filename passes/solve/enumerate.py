@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from itertools import permutations, product
 
 from colocc.errors import VerifyError
@@ -148,10 +149,15 @@ def _cuts(layout: Layout) -> bool:
 def is_another(pair: Pair) -> bool:
     """Whether a pair is not the same problem as that of its layouts without their cuts."""
     src, dst, cut = pair
-    plain = [replace(layout, sp=False, zigzag=False) for layout in (src, dst)]
-    if cut != "whole" or not (_cuts(src) and _cuts(dst)) or [src, dst] == plain:
+    if cut != "whole" or not (_cuts(src) and _cuts(dst)):
         return True
-    return slots_of(src, dst) != slots_of(*plain)
+    plain = _plain(src), _plain(dst)
+    return (src, dst) == plain or slots_of(src, dst) != slots_of(*plain)
+
+
+@lru_cache(maxsize=4096)
+def _plain(layout: Layout) -> Layout:
+    return replace(layout, sp=False, zigzag=False)
 
 
 def written(world: int, axes: tuple[str, ...] = AXES, orders: Iterable[str] | None = None) -> int:
