@@ -105,7 +105,8 @@ def shape(layout: Layout, cut: str, *, reads: bool) -> Shape:
 def pairs(
     world: int, axes: tuple[str, ...] = AXES, orders: Iterable[str] | None = None
 ) -> list[Pair]:
-    """Every pair of ``world`` ranks, of alike ones the first.
+    """Every pair of ``world`` ranks, of alike ones the first; those of the same two rank grids lie
+    side by side.
 
     Pairs of whole values between two layouts that cut the sequence are all there, though most are
     alike (``is_another``).
@@ -122,7 +123,7 @@ def pairs(
                 key = (*key, left["sequence"], right["sequence"])
             if cutting >= LEAST[cut]:
                 found.setdefault(key, (src, dst, cut))
-    return list(found.values())
+    return sorted(found.values(), key=_grids)
 
 
 Shaped = tuple[Layout, dict[str, Shape]]
@@ -140,6 +141,10 @@ def _shaped(
 def _flags(pair: tuple[Shaped, Shaped]) -> int:
     (src, _), (dst, _) = pair
     return src.sp + src.zigzag + dst.sp + dst.zigzag
+
+
+def _grids(pair: Pair) -> tuple[tuple[tuple[str, int], ...], ...]:
+    return tuple([tuple(layout.sizes.items()) for layout in pair[:2]])
 
 
 def _cuts(layout: Layout) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -48,7 +49,7 @@ def _check_relation(text: str, src: Holding, dst: Holding) -> None:
     claims = [claim.partition(" = ") for claim in text.split(", ")]
     if [name for name, _, _ in claims] == list(names):
         for name, _, form in claims:
-            if not _coordinate_is(form, names[name].layout):
+            if not _coordinate_is(form, _uncut(names[name].layout)):
                 raise VerifyError(f"{name} is not {form} on {names[name].layout}")
         return
     name, _, form = claims[0]
@@ -63,7 +64,7 @@ def _check_relation(text: str, src: Holding, dst: Holding) -> None:
     own = image[coordinate(inner.layout, "dp")]
     if not np.array_equal(own, coordinate(outer.layout, "dp")):
         return  # true of the samples; some ranks hold others than they read
-    if not _relation_is(form, variable, inner.layout, outer.layout):
+    if not _relation_is(form, variable, _uncut(inner.layout), _uncut(outer.layout)):
         raise VerifyError(f"{text!r} is true of each rank, but not by the digits of a rank")
 
 
@@ -81,6 +82,12 @@ def _inside(inner: Holding, outer: Holding, image: Ints) -> bool:
     changes = np.r_[0, np.cumsum(np.diff(slot) != 0)]
     same = (changes[left] == changes[right]) & (slot[left] == image[index])
     return bool(same.all())
+
+
+@lru_cache(maxsize=4096)
+def _uncut(layout: Layout) -> Layout:
+    """The layout without the cut of its sequence, which moves no rank."""
+    return replace(layout, sp=False, zigzag=False)
 
 
 @lru_cache(maxsize=4096)
