@@ -233,8 +233,7 @@ def _check_lanes(
     if state is not first:
         # Later, cells may come from a rank that has them only since the step before.
         keep &= walk.holders(step.moves, first)
-    moves = step.moves.select(keep)
-    src, dst = moves.src.astype(np.int64), moves.dst.astype(np.int64)
+    src, dst = (ranks[keep].astype(np.int64) for ranks in (step.moves.src, step.moves.dst))
     base = src - start.lane[src]
     want = base + start.lane[dst]
     if ranks_per_node is not None:

@@ -81,9 +81,10 @@ class Moves:
 
     def cells(self) -> Counts:
         """The number of cells of each move."""
-        found = np.ones(len(self.src), dtype=np.int64)
-        for dim in range(self.low.shape[1]):
-            found *= self.high[:, dim] - self.low[:, dim]
+        low, high = self.low.T, self.high.T
+        found: Counts = np.subtract(high[0], low[0], dtype=np.int64)
+        for first, last in zip(low[1:], high[1:], strict=True):
+            found *= last - first
         return found
 
     def pairs(self) -> tuple[Array, Array]:

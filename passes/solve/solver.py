@@ -218,6 +218,7 @@ def _summands(holding: Holding) -> int:
     return prod(holding.layout.sizes[axis] for axis in holding.partial)
 
 
+@lru_cache(maxsize=256)
 def _elementary(left: Part, right: Part) -> tuple[Counts, Counts, Counts, Counts]:
     """One dim cut at all borders of both sides: low, high, owner on the left and on the right."""
     (starts, ends, owner), (more, _, reader) = _runs(left), _runs(right)
@@ -395,10 +396,11 @@ def components(src: Counts, dst: Counts, world: int) -> tuple[tuple[int, ...], .
             break
         leader = after
     # A leader is the lowest rank of its set, so sets come in order of their first rank.
-    found: dict[int, list[int]] = {}
-    for rank, first in enumerate(leader.tolist()):
-        found.setdefault(first, []).append(rank)
-    return tuple([tuple(group) for group in found.values() if len(group) > 1])
+    ranks, sizes = leader.argsort(kind="stable").tolist(), np.bincount(leader)
+    ends = sizes.cumsum()
+    several = sizes > 1
+    bounds = zip((ends - sizes)[several].tolist(), ends[several].tolist(), strict=True)
+    return tuple([tuple(ranks[first:last]) for first, last in bounds])
 
 
 def _as_all_gather(
@@ -407,11 +409,12 @@ def _as_all_gather(
     """The steps as an all_gather, after a narrow where members hold more than what they give; None
     where members do not all need what each gives, or give unequal amounts."""
     world, places = have.layout.size, _places(need)
-    own = moves.select(moves.src == moves.dst)
-    gives = np.bincount(own.dst, own.cells(), world).astype(np.int64)
-    members = np.array([rank for group in groups for rank in group])
-    size = np.array([len(group) for group in groups for _ in group])
-    first = np.array([group[0] for group in groups for _ in group])
+    own = moves.src == moves.dst
+    gives = np.bincount(moves.dst, moves.cells() * own, world).astype(np.int64)
+    members = np.array(list(itertools.chain(*groups)))
+    each = np.array(list(map(len, groups)))
+    size = each.repeat(each)
+    first = members[each.cumsum() - each].repeat(each)
     given = gives[members]
     if not given.all() or (given != gives[first]).any() or not places.holds[members].all():
         return None
@@ -422,7 +425,7 @@ def _as_all_gather(
         return None
     if (np.bincount(moves.pairs()[1], minlength=world)[members] != size).any():
         return None
-    return (*_narrow(have, own, adds=False), Step("all_gather", groups))
+    return (*_narrow(have, moves.select(own), adds=False), Step("all_gather", groups))
 
 
 def _as_all_reduce(

@@ -39,9 +39,10 @@ class Pieces:
 
     def cells(self) -> Ints:
         """The cells of each piece."""
-        found = np.ones(len(self.low), dtype=np.int64)
-        for dim in range(self.low.shape[1]):
-            found *= self.high[:, dim] - self.low[:, dim]
+        low, high = self.low.T, self.high.T
+        found: Ints = high[0] - low[0]
+        for first, last in zip(low[1:], high[1:], strict=True):
+            found *= last - first
         return found
 
     def total(self, owners: int) -> Ints:
@@ -121,12 +122,14 @@ def meet(left: Pieces, right: Pieces) -> tuple[Ints, Pieces]:
         i += begin
         low = np.maximum(left.low[i], right.low[j])
         high = np.minimum(left.high[i], right.high[j])
-        keep = np.ones(len(i), dtype=bool)
-        for dim in range(low.shape[1]):
+        keep = low[:, 0] < high[:, 0]
+        for dim in range(1, low.shape[1]):
             keep &= low[:, dim] < high[:, dim]
-        places.append(i[keep])
-        lows.append(low[keep])
-        highs.append(high[keep])
+        if not keep.all():
+            i, low, high = i[keep], low[keep], high[keep]
+        places.append(i)
+        lows.append(low)
+        highs.append(high)
     if len(places) == 1:
         return places[0], Pieces(left.owner[places[0]], lows[0], highs[0])
     index = np.concatenate(places)
