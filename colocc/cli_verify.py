@@ -29,7 +29,7 @@ from colocc.passes.solve.enumerate import (
 
 MOST_RANKS = 4096
 ALL_ORDERS_UP_TO = 16
-CHUNK = 64
+CHUNK = 256
 SHOWN = 5
 
 

@@ -30,7 +30,6 @@ Words       Scale, type of the value, kind, ratio, the printed closed forms (for
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 from math import gcd
 
@@ -66,11 +65,9 @@ def check(
     try:
         _check_words(plan, scale, value)
         ends = _check_ends(plan, sink or (plan.dst.module, plan.dst.layout))
-        for name, steps, start, end in (
-            ("forward", plan.forward, ends[0], ends[1]),
-            ("backward", plan.backward, ends[1], ends[0]),
-        ):
-            _check_direction(plan, name, steps, start, end)
+        sides = [(end, walk.boxes(end)) for end in ends]
+        _check_direction(plan, "forward", plan.forward, sides[0], sides[1])
+        _check_direction(plan, "backward", plan.backward, sides[1], sides[0])
         check_forms(plan)
     except VerifyError as error:
         raise VerifyError(
@@ -120,9 +117,17 @@ def _check_ends(plan: Plan, sink: tuple[str, Layout]) -> tuple[End, End]:
     return End.of(src), End.of(dst)
 
 
-def _check_direction(plan: Plan, name: str, steps: tuple[Step, ...], start: End, end: End) -> None:
+def _check_direction(
+    plan: Plan,
+    name: str,
+    steps: tuple[Step, ...],
+    have: tuple[End, Pieces],
+    want: tuple[End, Pieces],
+) -> None:
+    """Check the steps from one end to the other, each with the boxes of all ranks."""
+    (start, held), (end, boxes) = have, want
     try:
-        first = state = walk.start(start)
+        first = state = walk.start(start, held)
         ranks = len(start.place)
         got, cost = np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
         for index, step in enumerate(steps):
@@ -134,36 +139,41 @@ def _check_direction(plan: Plan, name: str, steps: tuple[Step, ...], start: End,
             cost += _cost(step, taken, state)
             _check_lanes(step, state, first, start, plan.ranks_per_node)
             state = after
-        _check_end(plan, state, start, end)
-        need = walk.volumes(end)
-        lack = need * start.summands - walk.shared(end, first, start.summands)
-        _check_frugal(steps, got, cost, lack)
+        need = walk.with_summands(boxes, 0, start.summands)
+        _check_end(plan, state, need, end, start.summands)
+        total = need.total(ranks)
+        lack = total - walk.shared(need, first)
         # Of a sum a rank must receive something, whichever summand it has itself.
-        _check_reasons(plan, name, steps, cost > (lack if start.summands == 1 else need))
+        bound = lack if start.summands == 1 else total // start.summands
+        _check_frugal(steps, got, cost, lack)
+        _check_reasons(plan, name, steps, cost > bound)
     except VerifyError as error:
         raise VerifyError(f"{name}, {error}") from error
 
 
-def _check_end(plan: Plan, state: State, start: End, end: End) -> None:
-    """Every rank holds its box at ``end``, each cell once, with every summand once."""
-    _, first, where = np.unique(state.buffer, return_index=True, return_inverse=True)
-    # Ranks that share a buffer need the same box.
-    wrong = np.flatnonzero(end.place != end.place[first[where]])[:1].tolist()
-    zeros = np.zeros(len(first), dtype=np.int64)
-    need = walk.boxes(end, first, zeros, zeros + start.summands)
-    place = np.searchsorted(state.buffer[first], state.pieces.owner)
-    held = replace(state.pieces, owner=place)
-    differs = walk.differs(held, need, len(first))
+def _check_end(plan: Plan, state: State, need: Pieces, end: End, summands: int) -> None:
+    """Every rank holds its box at ``end``, which ``need`` has by rank, each cell once, with every
+    summand once."""
+    ranks = np.arange(len(state.buffer))
+    buffers = int(state.buffer.max()) + 1
+    # Ranks that share a buffer need the same box; the first of them stands for all.
+    first = np.full(buffers, len(ranks))
+    np.minimum.at(first, state.buffer, ranks)
+    stands = first[state.buffer]
+    wrong = np.flatnonzero(end.place != end.place[stands])[:1].tolist()
+    keep = (stands == ranks)[need.owner]
+    wanted = need.take(keep, state.buffer[need.owner[keep]])
+    differs = walk.differs(state.pieces, wanted, buffers)
     if differs is not None:
         wrong.append(int(first[differs]))
     if not wrong:
         return
     rank = min(wrong)
     own = state.pieces.of(int(state.buffer[rank]))
-    need = walk.boxes(end, np.array([rank]), zeros[:1], zeros[:1] + start.summands)
+    need = need.of(rank)
     raise VerifyError(
-        f"rank {rank} ends with {_spell(own, plan.dims, start.summands)}, it needs "
-        f"{_spell(need, plan.dims, start.summands)}"
+        f"rank {rank} ends with {_spell(own, plan.dims, summands)}, it needs "
+        f"{_spell(need, plan.dims, summands)}"
     )
 
 
@@ -197,9 +207,9 @@ def _check_frugal(steps: tuple[Step, ...], got: Ints, cost: Ints, lack: Ints) ->
         if cost.max() > lack.max():
             raise VerifyError(f"an all_reduce costs a rank {cost.max()} cells, {lack.max()} do")
         return
-    wrong = np.flatnonzero(got != lack)
-    if len(wrong):
-        rank = int(wrong[0])
+    wrong = got != lack
+    if wrong.any():
+        rank = int(wrong.argmax())
         raise VerifyError(f"rank {rank} receives {got[rank]} cells and lacks {lack[rank]}")
 
 
@@ -215,22 +225,22 @@ def _check_lanes(
         return
     if not len(step.moves):
         for group in step.groups:
-            if len(np.unique(start.lane[list(group)])) > 1:
+            lanes = start.lane[list(group)]
+            if (lanes != lanes[0]).any():
                 raise VerifyError(f"group {list(group)} has ranks of several lanes")
         return
     keep = step.moves.src != step.moves.dst
     if state is not first:
         # Later, cells may come from a rank that has them only since the step before.
         keep &= walk.holders(step.moves, first)
-    moves = step.moves.select(keep)
-    src, dst = moves.src.astype(np.int64), moves.dst.astype(np.int64)
+    src, dst = (ranks[keep].astype(np.int64) for ranks in (step.moves.src, step.moves.dst))
     base = src - start.lane[src]
     want = base + start.lane[dst]
     if ranks_per_node is not None:
         want = _nearest(base, want, start.lane[dst], dst // ranks_per_node, start, ranks_per_node)
-    wrong = np.flatnonzero(src != want)
-    if len(wrong):
-        one = wrong[0]
+    wrong = src != want
+    if wrong.any():
+        one = wrong.argmax()
         raise VerifyError(
             f"rank {dst[one]} takes cells from rank {src[one]}, its lane has rank {want[one]}"
         )

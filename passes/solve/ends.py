@@ -34,7 +34,7 @@ ALL_DIMS = (
 )
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=4096)
 def coordinate(layout: Layout, axis: str) -> Ints:
     """The coordinate of every rank on ``axis``: the first axis of the order turns fastest."""
     found: Ints = np.arange(layout.size) // _stride(layout, axis) % getattr(layout, axis)
@@ -47,7 +47,7 @@ def _stride(layout: Layout, axis: str) -> int:
     return prod(getattr(layout, name) for name in faster if name != "ep")
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=4096)
 def sequence(layout: Layout) -> tuple[int, tuple[Intervals, ...]]:
     """The fewest equal chunks that show every border of the layout's cut, and the chunks of each
     part; part tp + lanes * cp is held at these coordinates, lanes being tp where it cuts, else 1.
@@ -77,6 +77,7 @@ def _runs(numbers: list[int]) -> Intervals:
     return tuple((run[0], run[-1] + 1) for run in listed)
 
 
+@lru_cache(maxsize=4096)
 def cutting_axes(layout: Layout) -> tuple[str, ...]:
     """The axes over which the sequence is cut, fastest first."""
     over = {"tp": layout.sp and layout.tp > 1, "cp": layout.cp > 1}
@@ -111,12 +112,7 @@ def _check_holding(
         raise VerifyError(f"has parts for {len(holding.parts)} dims of {list(dims)}")
     _check_slots(holding.parts[0], layout.dp, grid[0], ordered=ordered)
     for dim, cells, part in zip(dims[1:], grid[1:], holding.parts[1:], strict=True):
-        want = Part((), (((0, cells),),))
-        if CUT[dim][side] and cutting_axes(layout):
-            chunks, cuts = sequence(layout)
-            scale = cells // chunks
-            refined = tuple(tuple((a * scale, b * scale) for a, b in cut) for cut in cuts)
-            want = Part(cutting_axes(layout), refined)
+        want = _expected(layout, cells) if CUT[dim][side] else _whole(cells)
         if part != want:
             raise VerifyError(f"is said to hold of {dim} {part}, its layout says {want}")
     stages = (0,) if side == 1 and layout.pp > 1 else None
@@ -127,23 +123,38 @@ def _check_holding(
         raise VerifyError(f"is said to have partial gradients over {holding.partial}")
 
 
+@lru_cache(maxsize=1024)
+def _expected(layout: Layout, cells: int) -> Part:
+    """How a layout cuts a dim of ``cells``."""
+    if not cutting_axes(layout):
+        return _whole(cells)
+    chunks, cuts = sequence(layout)
+    scale = cells // chunks
+    return Part(
+        cutting_axes(layout),
+        tuple([tuple([(a * scale, b * scale) for a, b in cut]) for cut in cuts]),
+    )
+
+
+def _whole(cells: int) -> Part:
+    return Part((), (((0, cells),),))
+
+
 def _check_slots(part: Part, dp: int, units: int, *, ordered: bool) -> None:
     if part.axes != ("dp",) or len(part.cuts) != dp:
         raise VerifyError(f"has {len(part.cuts)} slots over {part.axes}, not {dp} over dp")
     size = units // dp
-    edges = np.array([edge for cut in part.cuts for run in cut for edge in run], dtype=np.int64)
-    slot = np.repeat(np.arange(dp), [len(cut) for cut in part.cuts])
-    low, high = edges[::2], edges[1::2]
-    order = np.argsort(low, kind="stable")
-    tiled = np.array_equal(np.r_[low[order], units], np.r_[0, high[order]])
-    if not tiled or (low >= high).any():
+    slot, low, high = _runs_of(part)
+    order = low.argsort(kind="stable")
+    begin, end = [*low[order].tolist(), units], [0, *high[order].tolist()]
+    if begin != end or (low >= high).any():
         raise VerifyError(f"has slots that do not cut the units 0 to {units - 1}")
     if (np.bincount(slot, high - low, dp) != size).any():
         raise VerifyError(f"has slots that are not {dp} times {size} units")
     # Runs of one slot ascend with a gap between them, so each slot has one spelling.
-    if ((np.diff(slot) == 0) & (low[1:] <= high[:-1])).any():
+    if ((slot[1:] == slot[:-1]) & (low[1:] <= high[:-1])).any():
         raise VerifyError("has a slot whose runs are not in ascending order, joined")
-    if ordered and not np.array_equal(low, np.arange(dp) * size):
+    if ordered and low.tolist() != [slot * size for slot in range(dp)]:
         raise VerifyError(f"orders the samples, and its slots are {part.cuts}")
 
 
@@ -170,34 +181,78 @@ class End:
     @classmethod
     def of(cls, holding: Holding) -> End:
         """The end that a holding describes whose parts are those of its layout."""
-        layout = holding.layout
-        place = np.zeros(layout.size, dtype=np.int64)
-        owner = np.zeros(1, dtype=np.int64)
-        corners = np.zeros((1, 0, 2), dtype=np.int64)
-        boxes = 1
-        for part in holding.parts:
-            place += boxes * number(layout, part.axes)
-            runs = np.array([run for cut in part.cuts for run in cut], dtype=np.int64)
-            index = np.repeat(np.arange(len(part.cuts)), [len(cut) for cut in part.cuts])
-            rows = np.broadcast_to(runs[:, None, None], (len(runs), len(owner), 1, 2))
-            before = np.broadcast_to(corners, (len(runs), *corners.shape))
-            corners = np.concatenate([before, rows], axis=2).reshape(-1, corners.shape[1] + 1, 2)
-            owner = np.add.outer(boxes * index, owner).ravel()
-            boxes *= len(part.cuts)
-        if holding.stages is not None:
-            place[~np.isin(coordinate(layout, "pp"), holding.stages)] = -1
-        order = np.argsort(owner, kind="stable")
-        used = {axis for part in holding.parts for axis in part.axes} | set(holding.partial)
-        used |= {"pp"} if holding.stages is not None else set()
-        return cls(
-            place=place,
-            owner=owner[order],
-            low=corners[order, :, 0],
-            high=corners[order, :, 1],
-            summand=number(layout, holding.partial),
-            summands=prod(getattr(layout, axis) for axis in holding.partial),
-            lane=_offset(layout, {"tp", "cp", "pp", "dp"} - used),
+        places = _places(
+            holding.layout,
+            tuple([(part.axes, len(part.cuts)) for part in holding.parts]),
+            holding.stages,
+            holding.partial,
         )
+        runs = [_runs_of(part) for part in holding.parts]
+        sizes = [len(index) for index, _, _ in runs]
+        owner = np.zeros(prod(sizes), dtype=np.int64)
+        low, high = np.empty((2, len(owner), len(runs)), dtype=np.int64)
+        row, boxes = np.arange(len(owner)), 1
+        for dim, (index, first, last) in enumerate(runs):
+            # The first dim turns fastest, as the numbers of boxes do.
+            turn = row % sizes[dim]
+            owner += boxes * index[turn]
+            low[:, dim], high[:, dim] = first[turn], last[turn]
+            row, boxes = row // sizes[dim], boxes * len(holding.parts[dim].cuts)
+        order = owner.argsort(kind="stable")
+        return cls(
+            place=places.place,
+            owner=owner[order],
+            low=low[order],
+            high=high[order],
+            summand=places.summand,
+            summands=places.summands,
+            lane=places.lane,
+        )
+
+
+def _runs_of(part: Part) -> tuple[Ints, Ints, Ints]:
+    """Every run of a dim, by cut: the number of the cut, start and stop."""
+    rows = [(index, *run) for index, cut in enumerate(part.cuts) for run in cut]
+    index, first, last = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    return index, first, last
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """What End says of ranks, whatever their boxes are."""
+
+    place: Ints
+    summand: Ints
+    summands: int
+    lane: Ints
+
+
+@lru_cache(maxsize=512)
+def _places(
+    layout: Layout,
+    parts: tuple[tuple[tuple[str, ...], int], ...],
+    stages: tuple[int, ...] | None,
+    partial: tuple[str, ...],
+) -> _Places:
+    """The places on a layout of parts over these axes, of so many cuts."""
+    place = np.zeros(layout.size, dtype=np.int64)
+    boxes = 1
+    for axes, cuts in parts:
+        place += boxes * number(layout, axes)
+        boxes *= cuts
+    if stages is not None:
+        place[~np.isin(coordinate(layout, "pp"), stages)] = -1
+    used = {axis for axes, _ in parts for axis in axes} | set(partial)
+    used |= {"pp"} if stages is not None else set()
+    found = _Places(
+        place,
+        number(layout, partial),
+        prod(getattr(layout, axis) for axis in partial),
+        _offset(layout, {"tp", "cp", "pp", "dp"} - used),
+    )
+    for array in (found.place, found.summand, found.lane):
+        array.flags.writeable = False
+    return found
 
 
 def _offset(layout: Layout, axes: set[str]) -> Ints:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from itertools import permutations, product
 
 from colocc.errors import VerifyError
@@ -104,7 +105,8 @@ def shape(layout: Layout, cut: str, *, reads: bool) -> Shape:
 def pairs(
     world: int, axes: tuple[str, ...] = AXES, orders: Iterable[str] | None = None
 ) -> list[Pair]:
-    """Every pair of ``world`` ranks, of alike ones the first.
+    """Every pair of ``world`` ranks, of alike ones the first; those of the same two rank grids lie
+    side by side.
 
     Pairs of whole values between two layouts that cut the sequence are all there, though most are
     alike (``is_another``).
@@ -121,7 +123,7 @@ def pairs(
                 key = (*key, left["sequence"], right["sequence"])
             if cutting >= LEAST[cut]:
                 found.setdefault(key, (src, dst, cut))
-    return list(found.values())
+    return sorted(found.values(), key=_grids)
 
 
 Shaped = tuple[Layout, dict[str, Shape]]
@@ -141,6 +143,10 @@ def _flags(pair: tuple[Shaped, Shaped]) -> int:
     return src.sp + src.zigzag + dst.sp + dst.zigzag
 
 
+def _grids(pair: Pair) -> tuple[tuple[tuple[str, int], ...], ...]:
+    return tuple([tuple(layout.sizes.items()) for layout in pair[:2]])
+
+
 def _cuts(layout: Layout) -> bool:
     return layout.cp > 1 or layout.sp
 
@@ -148,10 +154,15 @@ def _cuts(layout: Layout) -> bool:
 def is_another(pair: Pair) -> bool:
     """Whether a pair is not the same problem as that of its layouts without their cuts."""
     src, dst, cut = pair
-    plain = [replace(layout, sp=False, zigzag=False) for layout in (src, dst)]
-    if cut != "whole" or not (_cuts(src) and _cuts(dst)) or [src, dst] == plain:
+    if cut != "whole" or not (_cuts(src) and _cuts(dst)):
         return True
-    return slots_of(src, dst) != slots_of(*plain)
+    plain = _plain(src), _plain(dst)
+    return (src, dst) == plain or slots_of(src, dst) != slots_of(*plain)
+
+
+@lru_cache(maxsize=4096)
+def _plain(layout: Layout) -> Layout:
+    return replace(layout, sp=False, zigzag=False)
 
 
 def written(world: int, axes: tuple[str, ...] = AXES, orders: Iterable[str] | None = None) -> int:

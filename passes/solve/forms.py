@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -23,7 +24,7 @@ import sympy
 from colocc.errors import VerifyError
 from colocc.layout import Layout
 from colocc.passes.solve.ends import Ints, coordinate, cutting_axes, number, sequence
-from colocc.passes.solve.plan import Holding, Plan
+from colocc.passes.solve.plan import Holding, Intervals, Plan
 
 Tree = int | str | tuple[str, "Tree", "Tree"]
 TOKEN = re.compile(r"\s*(\d{1,9}|[A-Za-z_][\w.]*|//|[%*+()])")
@@ -48,7 +49,7 @@ def _check_relation(text: str, src: Holding, dst: Holding) -> None:
     claims = [claim.partition(" = ") for claim in text.split(", ")]
     if [name for name, _, _ in claims] == list(names):
         for name, _, form in claims:
-            if not _coordinate_is(form, names[name].layout):
+            if not _coordinate_is(form, _uncut(names[name].layout)):
                 raise VerifyError(f"{name} is not {form} on {names[name].layout}")
         return
     name, _, form = claims[0]
@@ -58,29 +59,38 @@ def _check_relation(text: str, src: Holding, dst: Holding) -> None:
     variable = f"{inner.module}.dp"
     tree = parse(form)
     image = evaluate(tree, {variable: np.arange(inner.layout.dp)}, inner.layout.dp)
-    if not _inside(inner, outer, image):
+    if not _inside(inner.slots, outer.slots, tuple(image.tolist())):
         raise VerifyError(f"{text!r} is not true of the samples that they hold")
     own = image[coordinate(inner.layout, "dp")]
     if not np.array_equal(own, coordinate(outer.layout, "dp")):
         return  # true of the samples; some ranks hold others than they read
-    if not _relation_is(form, variable, inner.layout, outer.layout):
+    if not _relation_is(form, variable, _uncut(inner.layout), _uncut(outer.layout)):
         raise VerifyError(f"{text!r} is true of each rank, but not by the digits of a rank")
 
 
-def _inside(inner: Holding, outer: Holding, image: Ints) -> bool:
+@lru_cache(maxsize=256)
+def _inside(
+    inner: tuple[Intervals, ...], outer: tuple[Intervals, ...], image: tuple[int, ...]
+) -> bool:
     """Whether slot i of ``inner`` lies in slot image[i] of ``outer``."""
-    if ((image < 0) | (image >= outer.layout.dp)).any():
+    if min(image) < 0 or max(image) >= len(outer):
         return False
-    starts = sorted((a, slot, b) for slot, cut in enumerate(outer.slots) for a, b in cut)
+    starts = sorted([(a, slot, b) for slot, cut in enumerate(outer) for a, b in cut])
     low, slot, high = np.array(starts).T
-    rows = [(a, b, i) for i, cut in enumerate(inner.slots) for a, b in cut]
+    rows = [(a, b, i) for i, cut in enumerate(inner) for a, b in cut]
     first, last, index = np.array(rows).T
     # A run may go over several runs of one slot: all that begin or end in it must be that slot's.
     left = np.searchsorted(low, first, side="right") - 1
     right = np.searchsorted(high, last, side="left")
-    changes = np.r_[0, np.cumsum(np.diff(slot) != 0)]
-    same = (changes[left] == changes[right]) & (slot[left] == image[index])
+    changes = np.cumsum(np.diff(slot, prepend=slot[0]) != 0)
+    same = (changes[left] == changes[right]) & (slot[left] == np.array(image)[index])
     return bool(same.all())
+
+
+@lru_cache(maxsize=4096)
+def _uncut(layout: Layout) -> Layout:
+    """The layout without the cut of its sequence, which moves no rank."""
+    return replace(layout, sp=False, zigzag=False)
 
 
 @lru_cache(maxsize=4096)

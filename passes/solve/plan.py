@@ -81,18 +81,22 @@ class Moves:
 
     def cells(self) -> Counts:
         """The number of cells of each move."""
-        found: Counts = np.prod(self.high.astype(np.int64) - self.low, axis=1)
+        low, high = self.low.T, self.high.T
+        found: Counts = np.subtract(high[0], low[0], dtype=np.int64)
+        for first, last in zip(low[1:], high[1:], strict=True):
+            found *= last - first
         return found
 
     def pairs(self) -> tuple[Array, Array]:
         """Each sender and receiver of anything once, in order."""
-        first = np.ones(len(self), dtype=bool)
-        first[1:] = (np.diff(self.src) != 0) | (np.diff(self.dst) != 0)
-        return self.src[first], self.dst[first]
+        src, dst = self.src, self.dst
+        first = np.ones(len(src), dtype=bool)
+        first[1:] = (src[1:] != src[:-1]) | (dst[1:] != dst[:-1])
+        return src[first], dst[first]
 
     def select(self, keep: NDArray[np.bool_]) -> Moves:
         """The moves at the true places of ``keep``."""
-        return Moves(*(array[keep] for array in self.arrays()))
+        return Moves(self.src[keep], self.dst[keep], self.low[keep], self.high[keep])
 
     def of(self, *, src: int | None = None, dst: int | None = None) -> Moves:
         """The moves from one rank, or to one."""
@@ -207,8 +211,11 @@ class Holding:
         """The number of cells that each rank holds."""
         count = np.ones(self.layout.size, dtype=np.int64)
         for part in self.parts:
-            sizes = np.array([length(cut) for cut in part.cuts], dtype=np.int64)
-            count *= sizes[part.index(self.layout)]
+            sizes = [length(cut) for cut in part.cuts]
+            if min(sizes) == max(sizes):
+                count *= sizes[0]
+            else:
+                count *= np.array(sizes, dtype=np.int64)[part.index(self.layout)]
         found: Counts = np.where(self.holds(), count, 0)
         return found
 
@@ -323,15 +330,15 @@ def _order(src: Counts | Array, dst: Counts | Array, low: Counts) -> Counts:
     sizes = [int(key.max(initial=0)) + 1 for key in keys]
     if prod(sizes) >= 1 << 62:
         return np.lexsort(keys[::-1])
-    key = np.zeros(len(src), dtype=np.int64)
-    for part, size in zip(keys, sizes, strict=True):
+    key = src.astype(np.int64)
+    for part, size in zip(keys[1:], sizes[1:], strict=True):
         key = key * size + part
-    return np.argsort(key, kind="stable")
+    return key.argsort(kind="stable")
 
 
 def length(intervals: Intervals) -> int:
     """The number of cells in ``intervals``."""
-    return sum(stop - start for start, stop in intervals)
+    return sum([stop - start for start, stop in intervals])
 
 
 def volume(box: Box) -> int:

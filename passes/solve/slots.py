@@ -22,14 +22,14 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from colocc.layout import Layout
-from colocc.passes.solve.plan import Counts, Interval, Intervals, distinct, overlap
+from colocc.passes.solve.plan import Counts, Interval, Intervals
 from colocc.sequence import axes_of, cuts, part_of
 
 # A table with more entries is solved over the pairs of slot and replica that share a rank.
 DENSE = 1 << 14
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def slots_of(src: Layout, dst: Layout) -> tuple[int, tuple[Intervals, ...]]:
     """The units of a whole step, and those that each dp slot of ``src`` holds.
 
@@ -50,6 +50,7 @@ def slots_of(src: Layout, dst: Layout) -> tuple[int, tuple[Intervals, ...]]:
     return units, tuple(tuple(runs) for runs in found)
 
 
+@lru_cache(maxsize=1024)
 def replicas(dp: int, units: int) -> tuple[Intervals, ...]:
     """The units of each replica of the reader."""
     size = units // dp
@@ -76,19 +77,31 @@ def _weights(src: Layout, dst: Layout) -> Counts:
     reads = dst.coordinates("pp") == 0 if dst.pp > 1 else np.ones(dst.size, dtype=bool)
     if not axes_of(src) or not axes_of(dst):
         return reads.astype(np.int64)
-    (left, left_parts), (right, right_parts) = cuts(src), cuts(dst)
-    whole = lcm(left, right)
-    pairs, where = distinct(part_of(src), part_of(dst))
-    shared = [
-        overlap(refine(left_parts[i], whole // left), refine(right_parts[j], whole // right))
-        for i, j in pairs.T.tolist()
-    ]
-    return np.where(reads, np.array(shared, dtype=np.int64)[where], 0)
+    whole = lcm(cuts(src)[0], cuts(dst)[0])
+    left, right = (np.repeat(of, whole // len(of)) for of in map(_part_of_chunk, (src, dst)))
+    scale = int(right.max()) + 1
+    pairs, shared = np.unique(left * scale + right, return_counts=True)
+    asked = part_of(src) * scale + part_of(dst)
+    place = np.minimum(pairs.searchsorted(asked), len(pairs) - 1)
+    return np.where(reads & (pairs[place] == asked), shared[place], 0)
+
+
+@lru_cache(maxsize=1024)
+def _part_of_chunk(layout: Layout) -> Counts:
+    """The part of the sequence that each chunk belongs to."""
+    chunks, parts = cuts(layout)
+    found = np.empty(chunks, dtype=np.int64)
+    for index, part in enumerate(parts):
+        for start, stop in part:
+            found[start:stop] = index
+    return found
 
 
 def refine(intervals: Intervals, factor: int) -> Intervals:
     """``intervals`` in cells that are ``factor`` times smaller."""
-    return tuple((start * factor, stop * factor) for start, stop in intervals)
+    if factor == 1:
+        return intervals
+    return tuple([(start * factor, stop * factor) for start, stop in intervals])
 
 
 def _alike(values: Counts, owners: Counts) -> bool:

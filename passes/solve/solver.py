@@ -18,8 +18,9 @@ Algorithm:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from math import lcm, prod
@@ -27,10 +28,11 @@ from typing import Literal
 
 import numpy as np
 import sympy
+from numpy.typing import NDArray
 
 from colocc.errors import LayoutError
 from colocc.layout import RANK, Layout, closed_form
-from colocc.passes.solve.plan import Counts, Holding, Moves, Part, Plan, Step, distinct, received
+from colocc.passes.solve.plan import Counts, Holding, Moves, Part, Plan, Step, received
 from colocc.passes.solve.slots import refine, replicas, slots_of
 from colocc.passes.solve.two_level import copies, split
 from colocc.sequence import axes_of, cuts, form
@@ -64,9 +66,10 @@ def solve(
     check_pair(src, dst)
     have, need, grid = holdings(src, dst, sink or dst, dims)
     if ranks_per_node is not None:
+        there = _pieces(have, need)
         slices = max(
             copies(_moves(*ends, ranks_per_node), ranks_per_node)
-            for ends in ((have, need), (need, have))
+            for ends in ((have, need, there), (need, have, there.turned()))
             if _summands(ends[0]) == 1
         )
         if slices > 1:
@@ -74,8 +77,9 @@ def solve(
             have, need = (
                 replace(side, parts=(*side.parts, _whole(slices))) for side in (have, need)
             )
-    forward, forward_why = steps(have, need, ranks_per_node)
-    backward, backward_why = steps(need, have, ranks_per_node)
+    there = _pieces(have, need)
+    forward, forward_why = steps(have, need, there, ranks_per_node)
+    backward, backward_why = steps(need, have, there.turned(), ranks_per_node)
     larger, smaller = max(src[1].dp, dst[1].dp), min(src[1].dp, dst[1].dp)
     kind: Literal["fan_in", "fan_out", "equal"] = "equal"
     if src[1].dp != dst[1].dp:
@@ -134,7 +138,8 @@ def holdings(
         chunks = lcm(*(found[0] for found in cut if found is not None))
         grid.append(chunks)
         for side, found in enumerate(cut):
-            parts[side].append(_sequence_part((src, dst)[side][1], found, chunks))
+            layout = (src, dst)[side][1]
+            parts[side].append(_whole(chunks) if found is None else _sequence_part(layout, chunks))
     stages = FIRST_STAGE if dst[1].pp > 1 else None
     shared = ("cp",) if dst[1].cp > 1 and not {"sequence", "position"} & set(dims) else ()
     return (
@@ -151,12 +156,13 @@ def _sample_part(side: Named, sink: Named) -> tuple[int, Sequence[tuple[tuple[in
     return slots_of(side[1], sink[1])
 
 
-def _sequence_part(
-    layout: Layout, found: tuple[int, tuple[tuple[tuple[int, int], ...], ...]] | None, chunks: int
-) -> Part:
-    if found is None or not axes_of(layout):
+@lru_cache(maxsize=1024)
+def _sequence_part(layout: Layout, chunks: int) -> Part:
+    """How a layout cuts a dim of ``chunks`` cells."""
+    if not axes_of(layout):
         return _whole(chunks)
-    return Part(axes_of(layout), tuple(refine(cut, chunks // found[0]) for cut in found[1]))
+    count, parts = cuts(layout)
+    return Part(axes_of(layout), tuple(refine(cut, chunks // count) for cut in parts))
 
 
 def _whole(cells: int) -> Part:
@@ -165,11 +171,11 @@ def _whole(cells: int) -> Part:
 
 
 def steps(
-    have: Holding, need: Holding, ranks_per_node: int | None = None
+    have: Holding, need: Holding, pieces: _Pieces, ranks_per_node: int | None = None
 ) -> tuple[tuple[Step, ...], list[str]]:
     """The steps after which every rank holds what ``need`` says, and why if more than one
     communicates."""
-    moves = _moves(have, need, ranks_per_node)
+    moves = _moves(have, need, pieces, ranks_per_node)
     adds = _summands(have) > 1
     other = moves.src != moves.dst
     if not other.any():
@@ -178,7 +184,7 @@ def steps(
     if adds:
         axes = "-".join(have.partial)
         why = [f"every cell has {_summands(have)} summands, one on each {axes} rank"]
-    if adds and (reduced := _as_all_reduce(have, need, moves)) is not None:
+    if adds and (reduced := _as_all_reduce(have, need, pieces, moves)) is not None:
         return reduced, why
     groups = components(moves.src[other], moves.dst[other], have.layout.size)
     if ranks_per_node is not None and not adds and copies(moves, ranks_per_node) > 1:
@@ -204,7 +210,7 @@ def _exchange(moves: Moves, groups: tuple[tuple[int, ...], ...], *, adds: bool) 
     all_to_all."""
     src, dst = moves.pairs()
     other = src != dst
-    once = all(len(np.unique(side[other])) == other.sum() for side in (src, dst))
+    once = all(np.bincount(side[other]).max() == 1 for side in (src, dst))
     return Step("send_recv" if once else "all_to_all", groups, moves, adds)
 
 
@@ -212,105 +218,139 @@ def _summands(holding: Holding) -> int:
     return prod(holding.layout.sizes[axis] for axis in holding.partial)
 
 
+@lru_cache(maxsize=256)
 def _elementary(left: Part, right: Part) -> tuple[Counts, Counts, Counts, Counts]:
     """One dim cut at all borders of both sides: low, high, owner on the left and on the right."""
-    borders = np.unique(
-        [edge for part in (left, right) for cut in part.cuts for edge in _flat(cut)]
+    (starts, ends, owner), (more, _, reader) = _runs(left), _runs(right)
+    # Runs lie next to each other, so a border is where one starts, or the end of the last.
+    low = np.union1d(starts, more)
+    return (
+        low,
+        np.append(low[1:], ends[-1:]),
+        owner[starts.searchsorted(low, side="right") - 1],
+        reader[more.searchsorted(low, side="right") - 1],
     )
-    low, high = borders[:-1], borders[1:]
-    return low, high, _owners(left, low), _owners(right, low)
 
 
-def _flat(intervals: tuple[tuple[int, int], ...]) -> list[int]:
-    return [edge for interval in intervals for edge in interval]
+def _runs(part: Part) -> tuple[Counts, Counts, Counts]:
+    """Every run of a dim in order: start, stop, and whose it is."""
+    rows = sorted([(a, b, index) for index, cut in enumerate(part.cuts) for a, b in cut])
+    starts, stops, owner = np.array(rows, dtype=np.int64).T
+    return starts, stops, owner
 
 
-def _owners(part: Part, places: Counts) -> Counts:
-    rows = [(start, index) for index, cut in enumerate(part.cuts) for start, _ in cut]
-    starts, owners = np.array(sorted(rows), dtype=np.int64).T
-    found: Counts = owners[np.searchsorted(starts, places, side="right") - 1]
-    return found
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """The product of the elementary intervals of all dims, each with its owner among those who have
+    it and its reader among those who need it.
+
+    Shapes: low, high [n, dims]; owner, reader [n].
+    """
+
+    low: Counts
+    high: Counts
+    owner: Counts
+    reader: Counts
+
+    def turned(self) -> _Pieces:
+        """The same pieces on their way back."""
+        return _Pieces(self.low, self.high, self.reader, self.owner)
 
 
-def _moves(have: Holding, need: Holding, ranks_per_node: int | None = None) -> Moves:
+def _moves(
+    have: Holding, need: Holding, pieces: _Pieces, ranks_per_node: int | None = None
+) -> Moves:
     """Every piece that some rank needs, with its supplier; a rank's own pieces among them."""
-    low, high, owner, reader = _pieces(have, need)
-    order = np.argsort(reader, kind="stable")
-    low, high, owner, reader = low[order], high[order], owner[order], reader[order]
-    ranks = np.flatnonzero(need.holds())
-    place = _flat_index(need)[ranks]
-    first = np.searchsorted(reader, place, side="left")
-    count = np.searchsorted(reader, place, side="right") - first
-    dst = np.repeat(ranks, count)
-    piece = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    piece += np.repeat(first, count)
-    base, lane = _suppliers(have)
+    givers, readers = _places(have), _places(need)
+    order = pieces.reader.argsort(kind="stable")
+    reader = pieces.reader[order]
+    ranks = readers.holds.nonzero()[0]
+    place = readers.index[ranks]
+    first = reader.searchsorted(place, side="left")
+    count = reader.searchsorted(place, side="right") - first
+    dst = ranks.repeat(count)
+    piece = order[np.arange(len(dst)) + (first - count.cumsum() + count).repeat(count)]
+    low, high = pieces.low[piece], pieces.high[piece]
+    base, lane = givers.base[pieces.owner[piece]], givers.lane[dst]
     shifts = _summand_shifts(have)
+    if len(shifts) == 1 and ranks_per_node is None:
+        return Moves.make(base + lane, dst, low, high)
     src = []
     for shift in shifts:
-        first, lanes = base[owner[piece]] + shift, lane[dst]
+        lanes = lane
         if ranks_per_node is not None:
-            lanes = _nearest(first, lanes, dst, np.unique(lane), ranks_per_node)
-        src.append(first + lanes)
+            every = np.unique(givers.lane)
+            lanes = _nearest(base + shift, lane, dst, every, ranks_per_node)
+        src.append(base + shift + lanes)
     many = len(shifts)
     return Moves.make(
-        np.concatenate(src), np.tile(dst, many), np.tile(low[piece], (many, 1)),
-        np.tile(high[piece], (many, 1)),
-    )  # fmt: skip
+        np.concatenate(src), np.tile(dst, many), np.tile(low, (many, 1)), np.tile(high, (many, 1))
+    )
 
 
-def _pieces(have: Holding, need: Holding) -> tuple[Counts, Counts, Counts, Counts]:
-    """The product of the elementary intervals of all dims: corners [n, dims], owner and reader."""
-    low = high = np.zeros((1, 0), dtype=np.int64)
-    owner = reader = np.zeros(1, dtype=np.int64)
+def _pieces(have: Holding, need: Holding) -> _Pieces:
+    """The pieces that go from ``have`` to ``need``."""
+    dims = [_elementary(*parts) for parts in zip(have.parts, need.parts, strict=True)]
+    sizes = [len(low) for low, _, _, _ in dims]
+    low, high = np.empty((2, prod(sizes), len(dims)), dtype=np.int64)
+    owner, reader = np.zeros((2, prod(sizes)), dtype=np.int64)
     left_scale = right_scale = 1
-    for left, right in zip(have.parts, need.parts, strict=True):
-        a, b, i, j = _elementary(left, right)
-        n, m = len(low), len(a)
-        low = np.hstack([np.repeat(low, m, axis=0), np.tile(a, n)[:, None]])
-        high = np.hstack([np.repeat(high, m, axis=0), np.tile(b, n)[:, None]])
-        owner = np.repeat(owner, m) + left_scale * np.tile(i, n)
-        reader = np.repeat(reader, m) + right_scale * np.tile(j, n)
-        left_scale *= len(left.cuts)
-        right_scale *= len(right.cuts)
-    return low, high, owner, reader
+    for dim, (starts, stops, left, right) in enumerate(dims):
+        # The last dim turns fastest.
+        index = np.arange(prod(sizes)) // prod(sizes[dim + 1 :]) % sizes[dim]
+        low[:, dim], high[:, dim] = starts[index], stops[index]
+        owner += left_scale * left[index]
+        reader += right_scale * right[index]
+        left_scale *= len(have.parts[dim].cuts)
+        right_scale *= len(need.parts[dim].cuts)
+    return _Pieces(low, high, owner, reader)
 
 
-def _flat_index(holding: Holding) -> Counts:
-    """One number for the place of each rank in the product of the parts."""
-    found = np.zeros(holding.layout.size, dtype=np.int64)
-    scale = 1
-    for part in holding.parts:
-        found += scale * part.index(holding.layout)
-        scale *= len(part.cuts)
-    return found
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where the parts of a holding are, whatever their cuts.
+
+    ``index`` is one number for the place of each rank in the product of the parts, ``holds``
+    whether its stage holds anything. The rank that has what place i has, on the lane of reader r,
+    is base[i] + lane[r]: the coordinates of i on the axes of the parts, the reader's own on all
+    others; a stage that holds nothing stands for the first that does.
+    """
+
+    index: Counts
+    holds: NDArray[np.bool_]
+    base: Counts
+    lane: Counts
 
 
-def _suppliers(have: Holding) -> tuple[Counts, Counts]:
-    """The rank that holds piece owner i for reader r is base[i] + lane[r]: the owner's coordinates
-    on the axes of the parts, the reader's own on all others; a stage that holds nothing stands for
-    the first that does."""
-    layout = have.layout
-    base = np.zeros(1, dtype=np.int64)
-    used: set[str] = set(have.partial)
-    for part in have.parts:
-        numbers = np.arange(len(part.cuts))
-        offset = np.zeros(len(part.cuts), dtype=np.int64)
-        for axis in part.axes:
-            offset += numbers % layout.sizes[axis] * layout.stride(axis)
-            numbers //= layout.sizes[axis]
-        # The first part turns fastest, as in _flat_index.
-        base = np.add.outer(offset, base).ravel()
-        used |= set(part.axes)
+def _places(holding: Holding) -> _Places:
+    axes = tuple([part.axes for part in holding.parts])
+    return _places_of(holding.layout, axes, holding.stages, holding.partial)
+
+
+@lru_cache(maxsize=512)
+def _places_of(
+    layout: Layout,
+    parts: tuple[tuple[str, ...], ...],
+    stages: tuple[int, ...] | None,
+    partial: tuple[str, ...],
+) -> _Places:
+    index = np.zeros(layout.size, dtype=np.int64)
     lane = np.zeros(layout.size, dtype=np.int64)
-    for axis in layout.sizes:
-        if axis in used:
-            continue
+    base = np.zeros(1, dtype=np.int64)
+    holds = np.ones(layout.size, dtype=bool)
+    if stages is not None:
+        holds = np.isin(layout.coordinates("pp"), stages)
+    for axis in itertools.chain(*parts):
+        # The first axis turns fastest, in a part and among the parts.
+        index += len(base) * layout.coordinates(axis)
+        steps = np.arange(layout.sizes[axis]) * layout.stride(axis)
+        base = np.add.outer(steps, base).ravel()
+    for axis in set(layout.sizes) - {*itertools.chain(*parts), *partial}:
         coordinate = layout.coordinates(axis)
-        if axis == "pp" and have.stages is not None:
-            coordinate = np.where(have.holds(), coordinate, have.stages[0])
+        if axis == "pp" and stages is not None:
+            coordinate = np.where(holds, coordinate, stages[0])
         lane += coordinate * layout.stride(axis)
-    return base, lane
+    return _Places(index, holds, base, lane)
 
 
 def _nearest(
@@ -339,9 +379,8 @@ def _summand_shifts(have: Holding) -> list[int]:
 
 def _narrow(have: Holding, moves: Moves, adds: bool) -> tuple[Step, ...]:
     held = have.cells()
-    kept = np.zeros(len(held), dtype=np.int64)
-    np.add.at(kept, moves.dst, moves.cells())
-    return () if np.array_equal(kept, held) else (Step("narrow", (), moves, adds),)
+    kept = np.bincount(moves.dst, moves.cells(), len(held))
+    return () if (kept == held).all() else (Step("narrow", (), moves, adds),)
 
 
 def components(src: Counts, dst: Counts, world: int) -> tuple[tuple[int, ...], ...]:
@@ -353,12 +392,15 @@ def components(src: Counts, dst: Counts, world: int) -> tuple[tuple[int, ...], .
         np.minimum.at(after, leader[src], low)
         np.minimum.at(after, leader[dst], low)
         after = after[after]
-        if np.array_equal(after, leader):
+        if (after == leader).all():
             break
         leader = after
-    order = np.argsort(leader, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(leader[order])) + 1)
-    return tuple(tuple(group.tolist()) for group in groups if len(group) > 1)
+    # A leader is the lowest rank of its set, so sets come in order of their first rank.
+    ranks, sizes = leader.argsort(kind="stable").tolist(), np.bincount(leader)
+    ends = sizes.cumsum()
+    several = sizes > 1
+    bounds = zip((ends - sizes)[several].tolist(), ends[several].tolist(), strict=True)
+    return tuple([tuple(ranks[first:last]) for first, last in bounds])
 
 
 def _as_all_gather(
@@ -366,38 +408,34 @@ def _as_all_gather(
 ) -> tuple[Step, ...] | None:
     """The steps as an all_gather, after a narrow where members hold more than what they give; None
     where members do not all need what each gives, or give unequal amounts."""
-    world = have.layout.size
-    own = moves.select(moves.src == moves.dst)
-    gives = np.zeros(world, dtype=np.int64)
-    np.add.at(gives, own.dst, own.cells())
-    needs = need.cells()
-    lane = _flat_index(need)
-    total = np.zeros(world, dtype=np.int64)
-    for group in groups:
-        members = np.array(group)
-        same = len(np.unique(gives[members])) == 1 and len(np.unique(lane[members])) == 1
-        if not same or gives[group[0]] == 0 or not need.holds()[members].all():
-            return None
-        total[members] = gives[members].sum()
+    world, places = have.layout.size, _places(need)
+    own = moves.src == moves.dst
+    gives = np.bincount(moves.dst, moves.cells() * own, world).astype(np.int64)
+    members = np.array(list(itertools.chain(*groups)))
+    each = np.array(list(map(len, groups)))
+    size = each.repeat(each)
+    first = members[each.cumsum() - each].repeat(each)
+    given = gives[members]
+    if not given.all() or (given != gives[first]).any() or not places.holds[members].all():
+        return None
+    if (places.index[members] != places.index[first]).any():
+        return None
     # Members give disjoint parts of what all of them need, so the sizes decide.
-    inside = total > 0
-    if not np.array_equal(total[inside], needs[inside]):
+    if (given * size != need.cells()[members]).any():
         return None
-    counts = np.bincount(moves.pairs()[1], minlength=world)
-    sizes = np.zeros(world, dtype=np.int64)
-    for group in groups:
-        sizes[list(group)] = len(group)
-    if not np.array_equal(counts[inside], sizes[inside]):
+    if (np.bincount(moves.pairs()[1], minlength=world)[members] != size).any():
         return None
-    return (*_narrow(have, own, adds=False), Step("all_gather", groups))
+    return (*_narrow(have, moves.select(own), adds=False), Step("all_gather", groups))
 
 
-def _as_all_reduce(have: Holding, need: Holding, moves: Moves) -> tuple[Step, ...] | None:
+def _as_all_reduce(
+    have: Holding, need: Holding, pieces: _Pieces, moves: Moves
+) -> tuple[Step, ...] | None:
     """The steps as an all_reduce over the ranks that hold summands of the same cells, after which
     each has what it needs but for a narrow; None where cells must also travel, or where sending the
     summands to those that need them (``moves``) takes fewer bytes."""
     whole = Holding(have.module, have.layout, have.parts, have.stages)
-    kept = _moves(whole, need)
+    kept = _moves(whole, need, pieces)
     if (kept.src != kept.dst).any() or have.stages is not None:
         return None
     reduced = Step("all_reduce", have.layout.groups(*have.partial))
@@ -415,16 +453,13 @@ def _where(have: Holding, need: Holding, dims: tuple[str, ...]) -> tuple[str, ..
     stand.
     """
     left, right = f"{have.module}.dp", f"{need.module}.dp"
-    _, _, i, j = _elementary(have.parts[0], need.parts[0])
-    pairs, _ = distinct(i, j)
+    _, _, *ends = _elementary(have.parts[0], need.parts[0])
+    pairs = set(zip(*(owner.tolist() for owner in ends), strict=True))
     found = None
-    for source, image, names in (
-        (pairs[0], pairs[1], (left, right)),
-        (pairs[1], pairs[0], (right, left)),
-    ):
-        if len(np.unique(source)) == len(source):
-            values = image[np.argsort(source)].tolist()
-            fitted = _fit(tuple(values), names[0])
+    for way, names in ((1, (left, right)), (-1, (right, left))):
+        image = dict(pair[::way] for pair in pairs)
+        if len(image) == len(pairs):
+            fitted = _fit(tuple([image[slot] for slot in sorted(image)]), names[0])
             found = found or (fitted and f"{names[1]} = {fitted}")
     if found is None:
         forms = [closed_form(side.layout.coordinate("dp")) for side in (have, need)]

@@ -13,7 +13,6 @@ every dim. So "each cell once" is one comparison of sorted corners, whatever way
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import product
 from math import prod
 
 import numpy as np
@@ -40,9 +39,10 @@ class Pieces:
 
     def cells(self) -> Ints:
         """The cells of each piece."""
-        found = np.ones(len(self.low), dtype=np.int64)
-        for dim in range(self.low.shape[1]):
-            found *= self.high[:, dim] - self.low[:, dim]
+        low, high = self.low.T, self.high.T
+        found: Ints = high[0] - low[0]
+        for first, last in zip(low[1:], high[1:], strict=True):
+            found *= last - first
         return found
 
     def total(self, owners: int) -> Ints:
@@ -81,31 +81,35 @@ class State:
         return self.pieces.total(int(self.buffer.max()) + 1)[self.buffer]
 
 
-def start(end: End) -> State:
-    """The state in which every rank holds its box at ``end``, with its own summand."""
-    ranks = np.arange(len(end.place))
-    pieces = boxes(end, ranks, end.summand, end.summand + 1)
-    return State(ranks, pieces, 1)
+def start(end: End, held: Pieces | None = None) -> State:
+    """The state in which every rank holds its box at ``end`` (``boxes``), with its own summand."""
+    pieces = with_summands(held or boxes(end), end.summand, end.summand + 1)
+    return State(np.arange(len(end.place)), pieces, 1)
 
 
-def boxes(end: End, ranks: Ints, first: Ints, last: Ints) -> Pieces:
-    """The boxes of ``ranks`` at ``end``, the i-th owned by i, with summands from first to last."""
-    holds = np.flatnonzero(end.place[ranks] >= 0)
-    who, which = join(end.place[ranks[holds]], end.owner)
-    who = holds[who]
-    return Pieces(
-        who,
-        np.column_stack([end.low[which], first[who]]),
-        np.column_stack([end.high[which], last[who]]),
-    )
+def boxes(end: End) -> Pieces:
+    """The box of every rank at ``end``, without summands."""
+    # A place of -1 is no owner's.
+    who, which = join(end.place, end.owner)
+    return Pieces(who, end.low[which], end.high[which])
+
+
+def with_summands(pieces: Pieces, first: Ints | int, last: Ints | int) -> Pieces:
+    """The same pieces with summands from first to last; arrays give these of each owner."""
+    rows, dims = pieces.low.shape
+    low, high = np.empty((2, rows, dims + 1), dtype=np.int64)
+    low[:, :dims], high[:, :dims] = pieces.low, pieces.high
+    low[:, dims] = first if isinstance(first, int) else first[pieces.owner]
+    high[:, dims] = last if isinstance(last, int) else last[pieces.owner]
+    return Pieces(pieces.owner, low, high)
 
 
 def join(keys: Ints, owner: Ints) -> tuple[Ints, Ints]:
     """All (i, j) with keys[i] == owner[j], by i, then j; ``owner`` ascends."""
-    first = np.searchsorted(owner, keys, side="left")
-    count = np.searchsorted(owner, keys, side="right") - first
-    left = np.repeat(np.arange(len(keys)), count)
-    right = np.arange(len(left)) + np.repeat(first - np.cumsum(count) + count, count)
+    first = owner.searchsorted(keys, side="left")
+    count = owner.searchsorted(keys, side="right") - first
+    left = np.arange(len(keys)).repeat(count)
+    right = np.arange(len(left)) + (first - count.cumsum() + count).repeat(count)
     return left, right
 
 
@@ -118,12 +122,16 @@ def meet(left: Pieces, right: Pieces) -> tuple[Ints, Pieces]:
         i += begin
         low = np.maximum(left.low[i], right.low[j])
         high = np.minimum(left.high[i], right.high[j])
-        keep = np.ones(len(i), dtype=bool)
-        for dim in range(low.shape[1]):
+        keep = low[:, 0] < high[:, 0]
+        for dim in range(1, low.shape[1]):
             keep &= low[:, dim] < high[:, dim]
-        places.append(i[keep])
-        lows.append(low[keep])
-        highs.append(high[keep])
+        if not keep.all():
+            i, low, high = i[keep], low[keep], high[keep]
+        places.append(i)
+        lows.append(low)
+        highs.append(high)
+    if len(places) == 1:
+        return places[0], Pieces(left.owner[places[0]], lows[0], highs[0])
     index = np.concatenate(places)
     return index, Pieces(left.owner[index], np.concatenate(lows), np.concatenate(highs))
 
@@ -131,22 +139,21 @@ def meet(left: Pieces, right: Pieces) -> tuple[Ints, Pieces]:
 def differs(left: Pieces, right: Pieces, owners: int) -> int | None:
     """The first owner that does not hold each cell as often in ``left`` as in ``right``."""
     # A dim in which all pieces reach over the same cells tells none from another.
-    used = [dim for dim in range(left.low.shape[1]) if not _is_same(left, right, dim)]
+    used = _telling(left, right)
     left, right = left.of_dims(used), right.of_dims(used)
     top = np.maximum(left.high.max(axis=0, initial=0), right.high.max(axis=0, initial=0)) + 1
     sizes = [owners, *top.tolist()]
-    sides: tuple[list[Ints], list[Ints]] = ([], [])
-    for pieces, flip in ((left, 0), (right, 1)):
-        ends = np.stack([pieces.low, pieces.high])
-        for corner in product((0, 1), repeat=len(top)):
-            columns = [ends[end, :, dim] for dim, end in enumerate(corner)]
-            sides[(sum(corner) + flip) % 2].append(keys([pieces.owner, *columns], sizes))
-    plus, minus = (np.sort(np.concatenate(side)) for side in sides)
+    # The corners of one side count as often as those of the other take away.
+    (even, odd), (less, more) = _corners(left, sizes), _corners(right, sizes)
+    plus, minus = np.concatenate([*even, *more]), np.concatenate([*odd, *less])
+    plus.sort()
+    minus.sort()
     if len(plus) == len(minus):
-        wrong = np.flatnonzero(plus != minus)
-        if not len(wrong):
+        differ = plus != minus
+        if not differ.any():
             return None
-        place = min(plus[wrong[0]], minus[wrong[0]])
+        first = differ.argmax()
+        place = min(plus[first], minus[first])
     else:
         found, counts = np.unique(plus, return_counts=True)
         less, less_counts = np.unique(minus, return_counts=True)
@@ -157,18 +164,39 @@ def differs(left: Pieces, right: Pieces, owners: int) -> int | None:
     return int(place // prod(int(size) for size in sizes[1:]))
 
 
-def _is_same(left: Pieces, right: Pieces, dim: int) -> bool:
-    ends = [side[:, dim] for pieces in (left, right) for side in (pieces.low, pieces.high)]
-    if not len(ends[0]) or not len(ends[2]):
-        return False
-    low, high = ends[0][0], ends[1][0]
-    return all((end == want).all() for end, want in zip(ends, (low, high) * 2, strict=True))
+def _telling(left: Pieces, right: Pieces) -> list[int]:
+    """The dims in which not all pieces of both sides reach over the same cells."""
+    if not len(left.owner) or not len(right.owner):
+        return list(range(left.low.shape[1]))
+    low, high = left.low[0], left.high[0]
+    same = [(pieces.low == low) & (pieces.high == high) for pieces in (left, right)]
+    alike = same[0].all(axis=0) & same[1].all(axis=0)
+    return [dim for dim, is_alike in enumerate(alike.tolist()) if not is_alike]
+
+
+def _corners(pieces: Pieces, sizes: list[int]) -> tuple[list[Ints], list[Ints]]:
+    """The corners of the pieces as ``keys``: those with an even number of high ends, and the odd
+    ones."""
+    _check_sizes(sizes)
+    even, odd = [pieces.owner], list[Ints]()
+    for dim, size in enumerate(sizes[1:]):
+        low, high = pieces.low[:, dim], pieces.high[:, dim]
+        even, odd = [key * size for key in even], [key * size for key in odd]
+        even, odd = (
+            [key + low for key in even] + [key + high for key in odd],
+            [key + high for key in even] + [key + low for key in odd],
+        )
+    return even, odd
+
+
+def _check_sizes(sizes: list[int]) -> None:
+    if prod(sizes) >= 1 << 63:
+        raise VerifyError(f"a grid of {sizes} is too large to check")
 
 
 def keys(columns: list[Ints], sizes: list[int]) -> Ints:
     """One ascending number for each row of ``columns``, the last turning fastest."""
-    if prod(sizes) >= 1 << 63:
-        raise VerifyError(f"a grid of {sizes} is too large to check")
+    _check_sizes(sizes)
     found = columns[0].astype(np.int64)
     for column, size in zip(columns[1:], sizes[1:], strict=True):
         found = found * size + column
@@ -194,12 +222,12 @@ def _groups(step: Step, world: int) -> Ints:
     if (step.kind == "narrow") != (not step.groups) or (sizes < 2).any():
         raise VerifyError(f"{step.kind} over groups {step.groups}")
     group = np.full(world, -1, dtype=np.int64)
-    number = np.repeat(np.arange(len(sizes)), sizes)
-    inside = np.diff(number) == 0
-    if ((members < 0) | (members >= world)).any() or (np.diff(members)[inside] <= 0).any():
+    number = np.arange(len(sizes)).repeat(sizes)
+    falls = (members[1:] <= members[:-1]) & (number[1:] == number[:-1])
+    if members.min(initial=0) < 0 or members.max(initial=0) >= world or falls.any():
         raise VerifyError(f"a group is not an ascending set of ranks: {step.groups}")
-    firsts = members[np.cumsum(sizes) - sizes]
-    if len(np.unique(members)) != len(members) or (np.diff(firsts) <= 0).any():
+    firsts = members[sizes.cumsum() - sizes]
+    if np.bincount(members, minlength=1).max() > 1 or (firsts[1:] <= firsts[:-1]).any():
         raise VerifyError(f"groups overlap, or are not in order of their first rank: {step.groups}")
     group[members] = number
     return group
@@ -211,15 +239,16 @@ def _check_moves(step: Step, group: Ints, grid: tuple[int, ...]) -> None:
     shape = (len(moves), len(grid))
     if moves.low.shape != shape or moves.high.shape != shape or len(moves.dst) != len(moves):
         raise VerifyError(f"moves of shape {moves.low.shape} on a grid of {len(grid)} dims")
-    ranks = np.concatenate([moves.src, moves.dst])
-    if ((ranks < 0) | (ranks >= world)).any():
-        raise VerifyError(f"a move of a rank outside 0 to {world - 1}")
+    for ranks in (moves.src, moves.dst):
+        if ranks.min(initial=0) < 0 or ranks.max(initial=0) >= world:
+            raise VerifyError(f"a move of a rank outside 0 to {world - 1}")
     outside = (moves.low < 0) | (moves.low >= moves.high) | (moves.high > np.array(grid))
     if outside.any():
         first = int(np.flatnonzero(outside.any(axis=1))[0])
         raise VerifyError(f"{_text(moves, first)} is outside the grid {list(grid)}")
     columns = [moves.src, moves.dst, *moves.low.T]
-    if (np.diff(keys(columns, [world, world, *grid])) <= 0).any():
+    place = keys(columns, [world, world, *grid])
+    if (place[1:] <= place[:-1]).any():
         raise VerifyError("moves are not in order of sender, receiver and place, each once")
     _check_connection(step, group)
 
@@ -240,7 +269,7 @@ def _check_connection(step: Step, group: Ints) -> None:
         raise VerifyError(f"{_text(moves, first)} leaves its group")
     leader = _leaders(src, dst, len(group))
     # Moves stay inside groups: a group is no larger than its exchange if all have one leader.
-    members = np.flatnonzero(group >= 0)
+    members = (group >= 0).nonzero()[0]
     firsts = np.array([ranks[0] for ranks in step.groups])[group[members]]
     apart = members[leader[members] != firsts]
     if len(apart):
@@ -248,10 +277,12 @@ def _check_connection(step: Step, group: Ints) -> None:
         raise VerifyError(f"group {idle} holds ranks that exchange nothing")
     if step.kind == "send_recv":
         # Moves are in order, so those of one pair are neighbours.
-        again = np.append(False, (np.diff(src) == 0) & (np.diff(dst) == 0))
-        for side, verb in ((src[~again], "sends to"), (dst[~again], "receives from")):
-            if len(np.unique(side)) != len(side):
-                rank = side[np.flatnonzero(np.diff(np.sort(side)) == 0)[0]]
+        fresh = np.ones(len(src), dtype=bool)
+        fresh[1:] = (src[1:] != src[:-1]) | (dst[1:] != dst[:-1])
+        for side, verb in ((src[fresh], "sends to"), (dst[fresh], "receives from")):
+            times = np.bincount(side)
+            if times.max() > 1:
+                rank = (times > 1).argmax()
                 raise VerifyError(f"in a send_recv rank {rank} {verb} more than one other")
 
 
@@ -259,9 +290,10 @@ def _leaders(src: Ints, dst: Ints, world: int) -> Ints:
     """The lowest rank that each rank exchanges anything with, directly or over others."""
     leader = np.arange(world)
     while True:
-        low = np.minimum(leader[src], leader[dst])
-        if np.array_equal(low, leader[src]) and np.array_equal(low, leader[dst]):
+        left, right = leader[src], leader[dst]
+        if (left == right).all():
             return leader
+        low = np.minimum(left, right)
         np.minimum.at(leader, src, low)
         np.minimum.at(leader, dst, low)
         leader = leader[leader]
@@ -280,13 +312,13 @@ def _move(step: Step, state: State, end: End) -> State:
     count = len(moves)
     index, found = meet(_sent(moves, state, end.summands), state.pieces)
     carried = _sum(index, found.cells(), count)
-    lacking = np.flatnonzero(carried != moves.cells() * state.width)
-    if len(lacking):
+    lacking = carried != moves.cells() * state.width
+    if lacking.any():
         raise VerifyError(
-            f"{_text(moves, int(lacking[0]))} carries cells that the sender does not hold"
+            f"{_text(moves, int(lacking.argmax()))} carries cells that the sender does not hold"
         )
     dst = moves.dst[index].astype(np.int64)
-    order = np.argsort(dst, kind="stable")
+    order = dst.argsort(kind="stable")
     pieces = found.take(order, dst[order])
     after = State(np.arange(len(state.buffer)), pieces, end.summands if adding else state.width)
     if step.kind == "narrow" and np.array_equal(after.held(), state.held()):
@@ -368,18 +400,11 @@ def _sum(index: NDArray[np.integer], amounts: Ints, size: int) -> Ints:
     return np.bincount(index, amounts, size).astype(np.int64)
 
 
-def shared(end: End, state: State, summands: int) -> Ints:
-    """How many cells of its box at ``end`` each rank holds in ``state``, every summand counted."""
-    ranks = np.arange(len(end.place))
-    need = boxes(end, ranks, np.zeros_like(ranks), np.full_like(ranks, summands))
+def shared(need: Pieces, state: State) -> Ints:
+    """How many cells of ``need``, which is by rank, each rank holds in ``state``, every summand
+    counted."""
     index, found = meet(replace(need, owner=state.buffer[need.owner]), state.pieces)
-    return _sum(need.owner[index], found.cells(), len(ranks))
-
-
-def volumes(end: End) -> Ints:
-    """The cells of every rank's box at ``end``."""
-    sizes = Pieces(end.owner, end.low, end.high).total(int(end.owner.max()) + 1)
-    return np.where(end.place >= 0, sizes[end.place], 0)
+    return _sum(need.owner[index], found.cells(), len(state.buffer))
 
 
 def holders(moves: Moves, state: State) -> NDArray[np.bool_]:
@@ -391,9 +416,5 @@ def holders(moves: Moves, state: State) -> NDArray[np.bool_]:
 
 def _sent(moves: Moves, state: State, summands: int) -> Pieces:
     """What the senders of moves must hold: their cells, whichever summands of them."""
-    zeros = np.zeros(len(moves), dtype=np.int64)
-    return Pieces(
-        state.buffer[moves.src],
-        np.column_stack([moves.low, zeros]),
-        np.column_stack([moves.high, zeros + summands]),
-    )
+    pieces = Pieces(state.buffer[moves.src], moves.low, moves.high)
+    return with_summands(pieces, 0, summands)
