@@ -31,6 +31,7 @@ from colocc.runtime.groups import (
     check_world,
     layouts_text,
 )
+from colocc.runtime.positions import batch_dims_of
 from colocc.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def compile(
     checks: Check = "every"
     try:
         checks = parse_check(check)
-        dims, lengths = dict(batch_dims or {}), dict(sequence_dims or {})
+        dims = {**batch_dims_of(model), **(batch_dims or {})}
+        lengths = dict(sequence_dims or {})
         means = dict(reductions or {})
         plain = {name: as_layout(name, layout) for name, layout in layouts.items()}
         check_world(plain, dist.get_world_size() if dist.is_initialized() else None)

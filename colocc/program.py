@@ -37,6 +37,7 @@ from colocc.runtime.groups import (
     process_groups,
 )
 from colocc.runtime.intake import Intake, take
+from colocc.runtime.positions import cut_angles
 from colocc.runtime.ragged import RowsPerItem
 from colocc.runtime.redistribution import Redistribution, tensor_dims
 from colocc.runtime.rows import Ids, RowRedistribution, Rows, counted, rows_held
@@ -103,6 +104,8 @@ class Program:
                 process_groups(self.graph.layouts, timeout=timeout),
                 True,
             )
+        if megatron.is_mimo(self.model):
+            cut_angles(self.model, self.collection(self.graph.sink))
         plans = self.graph.plans
         self._members = tuple(
             dict.fromkeys(group for plan in plans.values() for group in plan.member_lists())
@@ -365,7 +368,7 @@ class Program:
                 forward_only=forward_only,
                 collect_non_loss_data=collect_non_loss_data,
                 force_all_reduce=force_all_reduce,
-                seq_length=seq_length or found.microbatches[0]["input_ids"].shape[1],
+                seq_length=seq_length or found.hidden[0],
             )
 
     def _ready(self) -> Intake:

@@ -53,7 +53,9 @@ def run(
         model, layouts, example_inputs=example_inputs, traits=traits, batch_dims=batch_dims
     )
     graph.reductions = dict(reductions)
-    graph.rows = dict(traits.rows) if traits is not None else {}
+    if traits is not None:
+        graph.rows, graph.packing = dict(traits.rows), traits.packing
+        graph.masks = frozenset(name for names in traits.handed.values() for name in names)
     check(graph, "capture", between)
     for step in PIPELINE:
         graph = partial(step, **options.get(step, {}))(graph)

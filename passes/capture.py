@@ -137,7 +137,7 @@ def _inputs(model: nn.Module, traits: Traits) -> dict[str, Any]:
         required = parameter.default is parameter.empty
         if name in traits.nested:
             bound[name] = {module: Input((name, module)) for module in traits.nested[name]}
-        elif required or name in traits.inputs:
+        elif required or name in traits.inputs or name in traits.rare:
             bound[name] = Input((name,))
         else:
             bound[name] = parameter.default

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from colocc.errors import CaptureError, LayoutError
 from colocc.passes.graph import Graph, Traits
 from colocc.passes.guards import ValueGuard
+from colocc.passes.handed import hand_on
 from colocc.passes.prune import prune
 from colocc.passes.record import DATA, LOOKS, Recorder, recording
 from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
@@ -37,7 +38,8 @@ def recorded(
 
     ``shapes`` is set on every node that makes tensors. Raises: CaptureError, LayoutError.
     """
-    graph.batch_size = batch_size_of(example_inputs, batch_dims)
+    by_sample = {name: value for name, value in example_inputs.items() if name != traits.packing}
+    graph.batch_size = batch_size_of(by_sample, batch_dims)
     recorder = Recorder(model, graph.targets, graph.batch_size, _device_of(model))
     recorder.rules = _rules(graph, traits)
     with contextlib.ExitStack() as stack:
@@ -73,6 +75,7 @@ def recorded(
         if isinstance(value, torch.Tensor):
             node.meta["sizes"] = tuple(recorder.sizes.expr(length) for length in value.shape)
     graph.fx = recorder.graph
+    hand_on(graph.fx, graph.targets, traits.handed)
     prune(graph.fx)
     graph.guards = recorder.guards
     graph.notes += recorder.notes
@@ -136,6 +139,8 @@ def _arguments(
                 for module in traits.nested[name]
                 if value.get(module) is not None
             }
+        elif value is not None and name == traits.packing:
+            arguments[name] = recorder.unknown((name,), required=False)
         elif value is not None:
             arguments[name] = make((name,), value)
         elif parameter is not None and parameter.kind not in (

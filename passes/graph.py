@@ -84,7 +84,9 @@ class Traits:
     arguments.
     ``disabled`` are attributes of the model that are empty while it is traced.
     ``rows`` gives, of modules whose output is rows that belong to placeholders in the sequence, the
-    placeholder's id. ``merging`` names the glue that puts them there.
+    placeholder's id. ``merging`` names the glue that puts them there. ``handed`` are inputs that
+    modules get although the forward gives them None; ``packing`` is the input with the borders of
+    packed sequences.
     """
 
     targets: Mapping[str, str] = field(default_factory=dict)
@@ -95,6 +97,14 @@ class Traits:
     disabled: tuple[str, ...] = ()
     rows: Mapping[str, int] = field(default_factory=dict)
     merging: Merging | None = None
+    handed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    packing: str = ""
+
+    @property
+    def rare(self) -> frozenset[str]:
+        """Inputs that an example has if batches have them."""
+        names = {name for names in self.handed.values() for name in names}
+        return frozenset(names | {self.packing} - {""})
 
 
 @dataclass
@@ -106,7 +116,9 @@ class Graph:
     ``reductions`` says how each module's gradients are reduced over its dp axis. ``sequence_dims``
     are the dims of modules' outputs and of inputs that hold the sequence. ``rows`` gives the
     placeholder's id of modules that make rows. ``guards`` is what the graph of an example takes for
-    granted. ``homes`` are the modules that run as part of the sink.
+    granted. ``homes`` are the modules that run as part of the sink. ``masks`` are inputs that all
+    samples may share, with 1 in their batch dim; ``packing`` is the input with the borders of
+    packed sequences.
     """
 
     fx: torch.fx.Graph
@@ -122,6 +134,8 @@ class Graph:
     rows: dict[str, int] = field(default_factory=dict)
     guards: Guards | None = None
     homes: dict[str, str] = field(default_factory=dict)
+    masks: frozenset[str] = frozenset()
+    packing: str = ""
 
     @property
     def world(self) -> int:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from colocc.errors import CaptureError, LayoutError
 from colocc.passes.graph import Method, Traits
+from colocc.passes.handed import hand_on
 from colocc.passes.source import line_in, line_of
 from colocc.passes.watch import watched
 
@@ -51,6 +52,7 @@ def trace(
         node.meta["line"] = line_in(node.stack_trace)
         if node.op == "call_module":
             node.meta["kind"] = type(model.get_submodule(str(node.target))).__name__
+    hand_on(graph, targets, traits.handed)
     _drop_unused_reads(graph)
     return graph
 

@@ -16,6 +16,7 @@ Under context parallelism (``config.context_parallel_size`` > 1), with megatron-
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,13 +41,15 @@ class SdpaAttention(MegatronModule):
     Shapes: query [s, b, heads, d], key and value [t, b, groups, d], heads a multiple of groups;
     returns [s, b, heads * d]. A mask is Megatron's: True where a position must not be seen,
     broadcast to [b, heads, s, t]. A causal mask lets the last query see the last key.
+    Packed sequences (``packed_seq_params``, thd) are [s, heads, d] and return [s, heads * d]; each
+    sees itself alone, and padding is seen by none but itself.
 
     With config.context_parallel_size > 1, s and t are a cp rank's own tokens: two chunks, or a run
     with ``zigzag`` False (bind it with functools.partial in the ModuleSpec). Keys and values are
     gathered over ``pg_collection.cp``, whatever cp_comm_type says, and held until backward.
-    Raises: NotImplementedError for packed sequences, an attention bias, a mask under cp, or
-    apply_query_key_layer_scaling; LayoutError for a cp group of another size than the config's, or
-    tokens that cannot be cut into the rank's chunks.
+    Raises: NotImplementedError for packed sequences or a mask under cp, for both together, for an
+    attention bias or apply_query_key_layer_scaling; LayoutError for a cp group of another size than
+    the config's, or tokens that cannot be cut into the rank's chunks.
     """
 
     def __init__(
@@ -81,15 +84,45 @@ class SdpaAttention(MegatronModule):
         packed_seq_params: Any = None,
         **unused: Any,
     ) -> torch.Tensor:
-        if packed_seq_params is not None or attention_bias is not None:
-            raise NotImplementedError("SdpaAttention takes neither packed sequences nor a bias")
+        if attention_bias is not None:
+            raise NotImplementedError("SdpaAttention takes no bias")
         kind = attn_mask_type or self.attn_mask_type
         mask = None if kind is AttnMaskType.no_mask else attention_mask
         causal = kind in _CAUSAL
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, mask, packed_seq_params, causal)
         if self.cp_group is not None:
             return self._context_parallel(self.cp_group, query, key, value, mask, causal)
         with self._random_states():
             return self._attend(query, key, value, mask, causal).flatten(2)
+
+    def _packed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        packing: Any,
+        causal: bool,
+    ) -> torch.Tensor:
+        """Attention inside each of the sequences that are joined in dim 0."""
+        if mask is not None or self.cp_group is not None or packing.qkv_format != "thd":
+            raise NotImplementedError(
+                "SdpaAttention takes packed sequences in the format thd, without an "
+                "attention_mask and without context parallelism"
+            )
+        queries, keys = (
+            Places.of(
+                getattr(packing, f"cu_seqlens_{side}"),
+                getattr(packing, f"cu_seqlens_{side}_padded"),
+                len(tensor),
+            )
+            for side, tensor in (("q", query), ("kv", key))
+        )
+        hidden = ~queries.see(keys, causal=causal)
+        with self._random_states():
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+            return self._attend(query, key, value, hidden, causal=False).flatten(1)
 
     def _context_parallel(
         self,
@@ -164,6 +197,37 @@ class SdpaAttention(MegatronModule):
             return contextlib.nullcontext()
         fork: contextlib.AbstractContextManager[Any] = get_cuda_rng_tracker().fork()
         return fork
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each token of joined sequences stands: its sequence, its place from the end of that
+    (the last is -1), and whether it is padding. Shapes: [tokens]."""
+
+    sequence: torch.Tensor
+    from_end: torch.Tensor
+    padding: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths: torch.Tensor, borders: torch.Tensor | None, tokens: int) -> Places:
+        """From cu_seqlens and, where there is padding, cu_seqlens_padded; waits for no device."""
+        borders = (lengths if borders is None else borders).long()
+        place = torch.arange(tokens, device=borders.device)
+        sequence = torch.searchsorted(borders, place, right=True) - 1
+        # What stands behind the last border is one more sequence, of padding.
+        ends = torch.cat([borders[:-1] + lengths.diff(), borders[-1:]])
+        from_end = place - ends[sequence]
+        return cls(sequence, from_end, from_end >= 0)
+
+    def see(self, keys: Places, *, causal: bool) -> torch.Tensor:
+        """Which of ``keys`` each query sees, [queries, keys]: all of its sequence but padding, or
+        those up to its own place, the last query up to the last key."""
+        same = self.sequence[:, None] == keys.sequence
+        seen = same & ~keys.padding
+        if causal:
+            seen &= keys.from_end <= self.from_end[:, None]
+        # A query that sees nothing has no softmax: padding sees the padding of its own place.
+        return seen | (same & keys.padding & (keys.from_end == self.from_end[:, None]))
 
 
 def _cp_group(

@@ -24,8 +24,9 @@ from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.plan import Holding, Intervals
 from colocc.passes.solve.solver import holdings
-from colocc.runtime.fields import check_kinds, check_tokens
+from colocc.runtime.fields import check_kinds, check_masks, check_tokens, is_shared
 from colocc.runtime.guards import check_guards
+from colocc.runtime.packing import packings
 from colocc.runtime.ragged import Learned, Ragged, RowsPerItem
 from colocc.sequence import axes_of, check_length, cuts, part_of
 
@@ -53,6 +54,8 @@ class Batches:
         self.size = check_batches(graph, microbatches, batch_dims, optional)
         check_tokens(graph, microbatches)
         self.sink = graph.layouts[graph.sink]
+        self.packings = packings(graph.packing, microbatches, (graph.sink, self.sink))
+        check_masks(graph, microbatches)
         check_divides(graph, len(microbatches), self.size)
         check_sequences(graph, microbatches)
         self.ragged = Ragged(
@@ -61,7 +64,15 @@ class Batches:
             replicas=self.sink.dp,
             rows_per_item=rows_per_item,
             learned=learned,
+            packed=self.packings is not None,
         )
+
+    @property
+    def hidden(self) -> tuple[int, int]:
+        """The tokens and the samples of the language module's hidden states, in a microbatch of
+        one replica."""
+        samples, tokens = self.size // self.sink.dp, self.microbatches[0]["input_ids"].shape[1]
+        return (tokens, samples) if self.packings is None else (samples * tokens, 1)
 
     def encoder_input(self, node: fx.Node, runs: list[Run] | None = None) -> Any:
         """The samples ``runs`` of an encoder's input; if not given, those that this rank encodes of
@@ -107,7 +118,17 @@ class Batches:
 
     def sink_input(self, node: fx.Node, microbatch: int) -> Any:
         """The samples of one microbatch that this rank's replica of the sink reads."""
-        return self.cut(node, microbatch, *self._replica())
+        name = node.meta["path"][0]
+        if self.packings is None:
+            return self.cut(node, microbatch, *self._replica())
+        if name == self.graph.packing:
+            replica = int(self.sink.coordinates("dp")[self.rank])
+            return self.packings[microbatch].of_replica(replica)
+        dim = dim_of(self.batch_dims, name)
+        value = self.cut(node, microbatch, *self._replica())
+        if dim is None or not isinstance(value, torch.Tensor) or value.dim() <= dim + 1:
+            return value
+        return value.flatten(dim, dim + 1).unsqueeze(dim)
 
     def cut(self, node: fx.Node, microbatch: int, start: int, stop: int) -> Any:
         """The samples from ``start`` to ``stop`` of an input, and of them this rank's part of the
@@ -120,7 +141,8 @@ class Batches:
         def narrow(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
-            if dim is not None and value.dim() > dim:
+            shared = path[0] in self.graph.masks and is_shared(value)
+            if dim is not None and value.dim() > dim and not shared:
                 rows = rows_per_sample(name, value.shape[dim], self.size)
                 value = value.narrow(dim, start * rows, (stop - start) * rows)
             if sequence is None or value.dim() <= sequence:
@@ -220,7 +242,9 @@ def check_batches(
             items = [module for module in graph.rows if (name, module) in paths]
             if items and isinstance(value, Mapping):
                 value = {key: part for key, part in value.items() if key not in items}
-            if not has_rows(batch_dims, str(name)):
+            if name != graph.packing and not has_rows(batch_dims, str(name)):
+                if name in graph.masks and is_shared(value):
+                    continue
                 _check_size(index, name, value, dim_of(batch_dims, str(name)), sizes)
     check_kinds(graph, microbatches)
     first = next(iter(sizes.values()), None)
@@ -257,7 +281,8 @@ def _check_known(
         known = ", ".join(".".join(path) for path in sorted(paths))
         raise LayoutError(
             f"microbatch {index} has {'.'.join(path)!r}, which {graph.name}.forward does not read; "
-            f"it reads {known}. Leave it out, so that nothing is dropped unseen."
+            f"it reads {known}. Leave it out, so that nothing is dropped unseen; if it is read "
+            "where it is given, give compile() example_inputs that has it."
         )
 
 

@@ -32,6 +32,8 @@ def check_kinds(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None
     that is not the same in all microbatches."""
     placeholders = {node.meta["path"]: node.meta["module"] for node in graph.placeholders()}
     for path, module in sorted(placeholders.items()):
+        if path == (graph.packing,):
+            continue
         options = PLAIN if module in graph.rows or (graph.guards is None and path[1:]) else ()
         kept: dict[tuple[str, ...], Any] = {}
         for index, batch in enumerate(microbatches):
@@ -66,6 +68,41 @@ def _no_tensor(index: int, path: tuple[str, ...], value: Any) -> str:
             "and pad them or say the rows of each with compile(rows=) where their sizes differ."
         )
     return f"{what}: only a tensor is cut by sample. Give one, such as torch.as_tensor(...)."
+
+
+def is_shared(value: Any) -> bool:
+    """Whether a mask is one for all samples: [1, 1, s, s]."""
+    return isinstance(value, torch.Tensor) and value.shape[:1] == (1,)
+
+
+def check_masks(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None:
+    """Raise LayoutError for a mask that is not [samples or 1, heads or 1, tokens or 1, tokens], or
+    one where the language module cannot read it."""
+    layout = graph.layouts[graph.sink]
+    for index, batch in enumerate(microbatches):
+        for name in sorted(graph.masks):
+            if (mask := batch.get(name)) is None:
+                continue
+            what = f"{name} of microbatch {index}"
+            if layout.cp > 1:
+                raise LayoutError(
+                    f"{what}: {graph.sink} ({layout}) cuts the sequence over cp{layout.cp}, a mask "
+                    "is of the whole one. Write cp=1, or leave the mask out where the attention "
+                    "is causal."
+                )
+            if batch.get(graph.packing) is not None:
+                raise LayoutError(
+                    f"{what}: the batch has {graph.packing}, too, whose borders are the mask of "
+                    "packed sequences. Leave one of them out."
+                )
+            tokens = batch["input_ids"].shape[1]
+            good = isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[3] == tokens
+            if not good or mask.shape[2] not in (1, tokens):
+                found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+                raise LayoutError(
+                    f"{what} is {found}: give [samples or 1, heads or 1, {tokens} or 1, {tokens}], "
+                    "True where a position must not be seen"
+                )
 
 
 def check_tokens(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None:

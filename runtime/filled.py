@@ -171,14 +171,14 @@ class Bubbles:
             if isinstance(leaf, torch.Tensor)
         )
         if key not in self._rows:
-            found, error = None, None
+            made, error = None, None
             try:
-                found = self._tried(batches)
+                made = self._tried(batches)
             except Exception as problem:  # noqa: BLE001 - raised on every rank
                 error = problem
             self.program.settle(error)
-            assert found is not None
-            self._rows[key] = found
+            assert made is not None
+            self._rows[key] = made
         return self._rows[key]
 
     def _tried(self, batches: Batches) -> Rows:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from colocc.runtime.pipeline import Between
 
 LANGUAGE = "language"
+_PACKING = "packing_kwargs"
 _INPUTS = ("input_ids", "position_ids", "loss_mask", "labels")
 
 
@@ -55,6 +56,7 @@ def traits_of(model: Any, example_inputs: Mapping[str, Any] | None) -> Traits:
     glue = [
         Glue("get_text_embeddings", "text", LANGUAGE, shapes.text),
         Glue("align_embeddings_by_token_positions", "merged", LANGUAGE, shapes.merged),
+        Glue("_build_packed_seq_params", "packed", LANGUAGE, stage="all"),
     ]
     if model.partition_adapter is not None:
         glue.append(
@@ -77,6 +79,8 @@ def traits_of(model: Any, example_inputs: Mapping[str, Any] | None) -> Traits:
         merging=Merging(
             "get_text_embeddings", "align_embeddings_by_token_positions", "_shard_language_inputs"
         ),
+        handed={LANGUAGE: ("attention_mask",)},
+        packing=_PACKING,
     )
 
 
@@ -137,7 +141,7 @@ class _Shapes:
             (self.dtype, (length, batch, hidden)),
             arguments["labels"],
             arguments["loss_mask"],
-            None,
+            arguments.get("packed_seq_params"),
         )
 
     def language(self, arguments: Mapping[str, Any], layout: Layout) -> Any:
@@ -277,7 +281,13 @@ class QuietGlue:
             "align_embeddings_by_token_positions": self._merged,
         }
         own: Any = type(self.model)
-        return {n: call for n, call in mine.items() if vars(base)[n] is getattr(own, n)}
+        found = {n: call for n, call in mine.items() if vars(base)[n] is getattr(own, n)}
+        return found | {"_build_packed_seq_params": self._packed}
+
+    def _packed(self, packing_kwargs: Mapping[str, Any] | None) -> Any:
+        """The model's own, of a dict that it may change."""
+        given = None if packing_kwargs is None else dict(packing_kwargs)
+        return self.model._build_packed_seq_params(given)
 
     def count(self, input_ids: list[torch.Tensor]) -> None:
         """Learn the placeholders in each microbatch of a step; waits for the device, once."""

@@ -68,9 +68,11 @@ class Ragged:
         replicas: int,
         rows_per_item: Mapping[str, RowsPerItem] | None = None,
         learned: Learned | None = None,
+        packed: bool = False,
     ) -> None:
         """``tokens`` is the placeholder of each module; ``replicas`` the reader's dp. ``learned``
-        is from the steps before, and learns from this one.
+        is from the steps before, and learns from this one. Where sequences are ``packed``, a
+        replica reads the samples of a microbatch joined: so positions count.
 
         Raises: LayoutError for items and placeholders that do not match, with the first sample.
         """
@@ -81,6 +83,8 @@ class Ragged:
             name: _Module(name, microbatches, ids, token, replicas, given.get(name), self.learned)
             for name, token in tokens.items()
         }
+        for module in self.modules.values() if packed else ():
+            module.rows = module.rows.joined()
         for name, module in self.modules.items():
             template = module.template()
             if template is not None:

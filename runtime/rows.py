@@ -12,7 +12,7 @@ splits, and an index_select. A rank without rows takes part with none.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,13 @@ class Rows:
     def counts(self) -> Ids:
         """The rows of each sample."""
         return np.diff(self.starts)
+
+    def joined(self) -> Rows:
+        """The same rows where all samples of a replica's microbatch are one sequence."""
+        size = self.samples // (self.replicas * self.microbatches)
+        before = np.arange(self.samples) % size * self.lengths
+        _, owner = self.of_samples(np.arange(self.samples))
+        return replace(self, position=self.position + before[owner], lengths=self.lengths * size)
 
     def place_of(self, sample: int) -> str:
         """What the user calls a sample."""

@@ -252,7 +252,7 @@ def run_step(
         program.collection(program.graph.sink),
         num_microbatches=count,
         seq_length=seq_length,
-        micro_batch_size=batches.size // batches.sink.dp,
+        micro_batch_size=batches.hidden[1],
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
         force_all_reduce=force_all_reduce,

@@ -130,6 +130,7 @@ def build(
     projector: bool = False,
     wrap: bool = True,
     length: int = LENGTH,
+    positions: str = "learned_absolute",
     seed: int = 0,
 ) -> MimoModel:
     """The model on this rank, seeded alike for every layout; trainable modules in Megatron's DDP.
@@ -143,6 +144,8 @@ def build(
         for name, layout in layouts.items()
     }
     configs["language"] = config_of(language, 4, HIDDEN, sequence_parallel=sequence_parallel, **per)
+    if positions == "mrope":
+        configs["language"].mrope_section = [1, 0, 1]
     if sequence_parallel or recompute:
         model_parallel_cuda_manual_seed(seed, tp_rank=pg.tp.rank(), ep_rank=0, etp_rank=0)
     names = [name for name in layouts if name != "language"]
@@ -175,6 +178,7 @@ def build(
         "config": configs["language"],
         "vocab_size": VOCABULARY,
         "max_sequence_length": length,
+        "position_embedding_type": positions,
         "pre_process": pg.pp.rank() == 0,
         "post_process": pg.pp.rank() == pg.pp.size() - 1,
         "share_embeddings_and_output_weights": tied,

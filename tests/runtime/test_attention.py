@@ -138,13 +138,59 @@ def test_dropout_in_training_only_and_from_megatron_s_states() -> None:
     torch.testing.assert_close(module(*tensors), reference(tensors, None))
 
 
+def packing(lengths: list[int], padded: list[int] | None = None, **other: Any) -> Any:
+    borders = {"": torch.tensor(lengths, dtype=torch.int32)}
+    borders["_padded"] = torch.tensor(padded, dtype=torch.int32) if padded else None  # type: ignore[assignment]
+    fields = {f"cu_seqlens_{s}{end}": b for s in ("q", "kv") for end, b in borders.items()}
+    return SimpleNamespace(**{"qkv_format": "thd"} | fields | other)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("kind", [AttnMaskType.causal, AttnMaskType.no_mask])
+@pytest.mark.parametrize(
+    ("lengths", "padded"),
+    [
+        ([0, 3, 8, 9], None),
+        ([0, 9], None),
+        ([0, 4, 4, 9, 9, 9], None),
+        ([0, 2, 5, 6], [0, 3, 8, 9]),
+        ([0, 2, 2, 5], [0, 4, 6, 9]),
+    ],
+)
+def test_packed_sequences_see_themselves_alone(
+    kind: AttnMaskType, groups: int, lengths: list[int], padded: list[int] | None
+) -> None:
+    module = attention(kind)
+    tensors = [tensor[:, 0].detach().requires_grad_() for tensor in inputs(9, 9, groups)]
+    out = module(*tensors, packed_seq_params=packing(lengths, padded))
+    assert out.isfinite().all()
+    starts = padded or lengths
+    real = [
+        (start, start + b - a)
+        for start, a, b in zip(starts, lengths, lengths[1:], strict=False)
+        if b > a
+    ]
+    alone = [module(*(t[a:b].unsqueeze(1) for t in tensors)).flatten(1) for a, b in real]
+    packed = torch.cat([out[a:b] for a, b in real])
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-12)
+    ours, theirs = (
+        torch.autograd.grad((x * x.detach().sin()).sum(), tensors)
+        for x in (packed, torch.cat(alone))
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 def test_refusals() -> None:
     module = attention(AttnMaskType.causal)
     tensors = inputs(4, 4, 4)
-    with pytest.raises(NotImplementedError, match="neither packed sequences nor a bias"):
+    with pytest.raises(NotImplementedError, match="takes no bias"):
         module(*tensors, attention_bias=torch.zeros(4, 4))
-    with pytest.raises(NotImplementedError, match="neither packed sequences nor a bias"):
-        module(*tensors, packed_seq_params=object())
+    packed = [tensor[:, 0] for tensor in tensors]
+    with pytest.raises(NotImplementedError, match="without an attention_mask"):
+        module(*packed, torch.zeros(4, 4) > 0, packed_seq_params=packing([0, 4]))
+    with pytest.raises(NotImplementedError, match="in the format thd"):
+        module(*packed, packed_seq_params=packing([0, 4], qkv_format="sbhd"))
     with pytest.raises(NotImplementedError, match="apply_query_key_layer_scaling=False"):
         attention(AttnMaskType.causal, apply_query_key_layer_scaling=True)
 
