@@ -76,7 +76,9 @@ def _watch_method(
     method = getattr(model, call.name)
 
     def seen(*args: Any, **kwargs: Any) -> Any:
-        if watcher.sees(args, kwargs):
+        # What is called with nothing but None (no packing) is no call of the graph.
+        given = any(value is not None for value in (*args, *kwargs.values()))
+        if given and watcher.sees(args, kwargs):
             bound = inspect.signature(method).bind(*args, **kwargs)
             return watcher.method(call, label, dict(bound.arguments))
         return method(*args, **kwargs)

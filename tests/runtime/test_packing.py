@@ -45,8 +45,8 @@ def step_of(kind: str, positions: str) -> Step:
     generator = torch.Generator().manual_seed(3)
     for batch in step:
         if kind == "mrope":
-            shape = (3, 8, mimo.LENGTH)
-            batch["position_ids"] = torch.randint(0, 3, shape, generator=generator).cumsum(2)
+            steps = torch.randint(0, 3, (3, 8, mimo.LENGTH), generator=generator)
+            batch["position_ids"] = steps.cumsum(2)
         else:
             shape = (8 if kind == "a mask for each" else 1, 1, mimo.LENGTH, mimo.LENGTH)
             hidden = torch.randint(0, 5, shape, generator=generator) > 2
