@@ -41,11 +41,11 @@ class Agreement:
     def __init__(self, timeout: timedelta) -> None:
         self._world = weakref.ref(_world())
         self._members = tuple(range(dist.get_world_size()))
-        # Without ranks on other machines to ask (the fake backend) there is nobody to wait for.
-        self.alone = dist.get_backend() == "fake" or len(self._members) == 1
+        # The ranks of the fake backend are not there to be asked.
+        alone = dist.get_backend() == "fake" or len(self._members) == 1
         self._use: Use = "shared" if dist.get_backend() == "gloo" else "agreement"
         self._group: dist.ProcessGroup | None = None
-        if not self.alone:
+        if not alone:
             opened = open_groups([self._members], timeout=timeout, use=self._use)
             self._group = opened[self._members]
 
@@ -55,7 +55,7 @@ class Agreement:
         Raises: ``error`` itself where all ranks have the same, else a LayoutError on every rank
         alike that names the ranks with an error, or those whose ``text`` differs from rank 0's.
         """
-        if self.alone:
+        if self._group is None:
             if error is not None:
                 raise error
             return

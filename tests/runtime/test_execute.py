@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from colocc import passes
+from colocc.errors import CaptureError
 from colocc.layout import Layout
 from colocc.passes.capture import Method
 from colocc.passes.graph import Graph
+from colocc.passes.phases import cut
 from colocc.runtime.execute import Executor
 
 LAYOUTS = {"vision": Layout(tp=2), "decoder": Layout(dp=2)}
@@ -203,3 +205,30 @@ def test_an_error_of_the_model_comes_out_as_it_is() -> None:
     images = next(n for n in values if n.meta["path"] == ("images",))
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         encode({**values, images: torch.zeros(4, 7)})
+
+
+def test_ranks_settle_before_the_first_redistribution() -> None:
+    """All of this rank's own work comes first; its error goes to ``settle``, which raises it."""
+    model = Model()
+    graph = graph_of(model)
+    heard: list[tuple[list[str], str | None]] = []
+
+    def settle(values: Any, error: Exception | None) -> None:
+        heard.append(([node.name for node in values], None if error is None else str(error)))
+        if error is not None:
+            raise CaptureError("settled") from error
+
+    moves = dict.fromkeys((n.name for n in graph.fx.nodes if n.name in graph.plans), keep)
+    assert moves
+    encode = Executor(graph, "encode", model, moves, cut(graph), settle=settle)
+    own = [node.name for node in encode.nodes[: encode.own]]
+    assert "vision" in own and not set(own) & set(moves)
+    assert {node.name for node in encode.nodes[encode.own :]} >= set(moves)
+    values = inputs(graph)
+    images = next(n for n in values if n.meta["path"] == ("images",))
+    encode({**values}, samples=4)
+    with pytest.raises(CaptureError, match="settled"):
+        encode({**values, images: torch.zeros(4, 7)}, samples=4)
+    (reached, fine), (_, failed) = heard
+    assert fine is None and not set(reached) & set(moves)
+    assert failed is not None and "mat1 and mat2 shapes" in failed
