@@ -94,6 +94,7 @@ def _part_of_chunk(layout: Layout) -> Counts:
     for index, part in enumerate(parts):
         for start, stop in part:
             found[start:stop] = index
+    found.flags.writeable = False
     return found
 
 

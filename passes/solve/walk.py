@@ -143,9 +143,9 @@ def differs(left: Pieces, right: Pieces, owners: int) -> int | None:
     left, right = left.of_dims(used), right.of_dims(used)
     top = np.maximum(left.high.max(axis=0, initial=0), right.high.max(axis=0, initial=0)) + 1
     sizes = [owners, *top.tolist()]
-    # The corners of one side count as often as those of the other take away.
-    (even, odd), (less, more) = _corners(left, sizes), _corners(right, sizes)
-    plus, minus = np.concatenate([*even, *more]), np.concatenate([*odd, *less])
+    # The even corners of one side and the odd ones of the other add, the others take away.
+    (even, odd), (other, rest) = _corners(left, sizes), _corners(right, sizes)
+    plus, minus = np.concatenate([*even, *rest]), np.concatenate([*odd, *other])
     plus.sort()
     minus.sort()
     if len(plus) == len(minus):
@@ -416,5 +416,6 @@ def holders(moves: Moves, state: State) -> NDArray[np.bool_]:
 
 def _sent(moves: Moves, state: State, summands: int) -> Pieces:
     """What the senders of moves must hold: their cells, whichever summands of them."""
-    pieces = Pieces(state.buffer[moves.src], moves.low, moves.high)
+    low, high = moves.low.astype(np.int64), moves.high.astype(np.int64)
+    pieces = Pieces(state.buffer[moves.src], low, high)
     return with_summands(pieces, 0, summands)
