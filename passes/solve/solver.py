@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from math import lcm, prod
@@ -28,10 +28,10 @@ from typing import Literal
 
 import numpy as np
 import sympy
-from numpy.typing import NDArray
 
 from colocc.errors import LayoutError
 from colocc.layout import RANK, Layout, closed_form
+from colocc.passes.solve.pieces import Pieces, elementary, pieces_of, places_of
 from colocc.passes.solve.plan import Counts, Holding, Moves, Part, Plan, Step, received
 from colocc.passes.solve.slots import refine, replicas, slots_of
 from colocc.passes.solve.two_level import copies, split
@@ -66,7 +66,7 @@ def solve(
     check_pair(src, dst)
     have, need, grid = holdings(src, dst, sink or dst, dims)
     if ranks_per_node is not None:
-        there = _pieces(have, need)
+        there = pieces_of(have, need)
         slices = max(
             copies(_moves(*ends, ranks_per_node), ranks_per_node)
             for ends in ((have, need, there), (need, have, there.turned()))
@@ -77,7 +77,7 @@ def solve(
             have, need = (
                 replace(side, parts=(*side.parts, _whole(slices))) for side in (have, need)
             )
-    there = _pieces(have, need)
+    there = pieces_of(have, need)
     forward, forward_why = steps(have, need, there, ranks_per_node)
     backward, backward_why = steps(need, have, there.turned(), ranks_per_node)
     larger, smaller = max(src[1].dp, dst[1].dp), min(src[1].dp, dst[1].dp)
@@ -171,7 +171,7 @@ def _whole(cells: int) -> Part:
 
 
 def steps(
-    have: Holding, need: Holding, pieces: _Pieces, ranks_per_node: int | None = None
+    have: Holding, need: Holding, pieces: Pieces, ranks_per_node: int | None = None
 ) -> tuple[tuple[Step, ...], list[str]]:
     """The steps after which every rank holds what ``need`` says, and why if more than one
     communicates."""
@@ -218,50 +218,11 @@ def _summands(holding: Holding) -> int:
     return prod(holding.layout.sizes[axis] for axis in holding.partial)
 
 
-@lru_cache(maxsize=256)
-def _elementary(left: Part, right: Part) -> tuple[Counts, Counts, Counts, Counts]:
-    """One dim cut at all borders of both sides: low, high, owner on the left and on the right."""
-    (starts, ends, owner), (more, _, reader) = _runs(left), _runs(right)
-    # Runs lie next to each other, so a border is where one starts, or the end of the last.
-    low = np.union1d(starts, more)
-    return (
-        low,
-        np.append(low[1:], ends[-1:]),
-        owner[starts.searchsorted(low, side="right") - 1],
-        reader[more.searchsorted(low, side="right") - 1],
-    )
-
-
-def _runs(part: Part) -> tuple[Counts, Counts, Counts]:
-    """Every run of a dim in order: start, stop, and whose it is."""
-    rows = sorted([(a, b, index) for index, cut in enumerate(part.cuts) for a, b in cut])
-    starts, stops, owner = np.array(rows, dtype=np.int64).T
-    return starts, stops, owner
-
-
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """The product of the elementary intervals of all dims, each with its owner among those who have
-    it and its reader among those who need it.
-
-    Shapes: low, high [n, dims]; owner, reader [n].
-    """
-
-    low: Counts
-    high: Counts
-    owner: Counts
-    reader: Counts
-
-    def turned(self) -> _Pieces:
-        """The same pieces on their way back."""
-        return _Pieces(self.low, self.high, self.reader, self.owner)
-
-
 def _moves(
-    have: Holding, need: Holding, pieces: _Pieces, ranks_per_node: int | None = None
+    have: Holding, need: Holding, pieces: Pieces, ranks_per_node: int | None = None
 ) -> Moves:
     """Every piece that some rank needs, with its supplier; a rank's own pieces among them."""
-    givers, readers = _places(have), _places(need)
+    givers, readers = places_of(have), places_of(need)
     order = pieces.reader.argsort(kind="stable")
     reader = pieces.reader[order]
     ranks = readers.holds.nonzero()[0]
@@ -286,71 +247,6 @@ def _moves(
     return Moves.make(
         np.concatenate(src), np.tile(dst, many), np.tile(low, (many, 1)), np.tile(high, (many, 1))
     )
-
-
-def _pieces(have: Holding, need: Holding) -> _Pieces:
-    """The pieces that go from ``have`` to ``need``."""
-    dims = [_elementary(*parts) for parts in zip(have.parts, need.parts, strict=True)]
-    sizes = [len(low) for low, _, _, _ in dims]
-    low, high = np.empty((2, prod(sizes), len(dims)), dtype=np.int64)
-    owner, reader = np.zeros((2, prod(sizes)), dtype=np.int64)
-    left_scale = right_scale = 1
-    for dim, (starts, stops, left, right) in enumerate(dims):
-        # The last dim turns fastest.
-        index = np.arange(prod(sizes)) // prod(sizes[dim + 1 :]) % sizes[dim]
-        low[:, dim], high[:, dim] = starts[index], stops[index]
-        owner += left_scale * left[index]
-        reader += right_scale * right[index]
-        left_scale *= len(have.parts[dim].cuts)
-        right_scale *= len(need.parts[dim].cuts)
-    return _Pieces(low, high, owner, reader)
-
-
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """Where the parts of a holding are, whatever their cuts.
-
-    ``index`` is one number for the place of each rank in the product of the parts, ``holds``
-    whether its stage holds anything. The rank that has what place i has, on the lane of reader r,
-    is base[i] + lane[r]: the coordinates of i on the axes of the parts, the reader's own on all
-    others; a stage that holds nothing stands for the first that does.
-    """
-
-    index: Counts
-    holds: NDArray[np.bool_]
-    base: Counts
-    lane: Counts
-
-
-def _places(holding: Holding) -> _Places:
-    axes = tuple([part.axes for part in holding.parts])
-    return _places_of(holding.layout, axes, holding.stages, holding.partial)
-
-
-@lru_cache(maxsize=512)
-def _places_of(
-    layout: Layout,
-    parts: tuple[tuple[str, ...], ...],
-    stages: tuple[int, ...] | None,
-    partial: tuple[str, ...],
-) -> _Places:
-    index = np.zeros(layout.size, dtype=np.int64)
-    lane = np.zeros(layout.size, dtype=np.int64)
-    base = np.zeros(1, dtype=np.int64)
-    holds = np.ones(layout.size, dtype=bool)
-    if stages is not None:
-        holds = np.isin(layout.coordinates("pp"), stages)
-    for axis in itertools.chain(*parts):
-        # The first axis turns fastest, in a part and among the parts.
-        index += len(base) * layout.coordinates(axis)
-        steps = np.arange(layout.sizes[axis]) * layout.stride(axis)
-        base = np.add.outer(steps, base).ravel()
-    for axis in set(layout.sizes) - {*itertools.chain(*parts), *partial}:
-        coordinate = layout.coordinates(axis)
-        if axis == "pp" and stages is not None:
-            coordinate = np.where(holds, coordinate, stages[0])
-        lane += coordinate * layout.stride(axis)
-    return _Places(index, holds, base, lane)
 
 
 def _nearest(
@@ -408,7 +304,7 @@ def _as_all_gather(
 ) -> tuple[Step, ...] | None:
     """The steps as an all_gather, after a narrow where members hold more than what they give; None
     where members do not all need what each gives, or give unequal amounts."""
-    world, places = have.layout.size, _places(need)
+    world, places = have.layout.size, places_of(need)
     own = moves.src == moves.dst
     gives = np.bincount(moves.dst, moves.cells() * own, world).astype(np.int64)
     members = np.array(list(itertools.chain(*groups)))
@@ -429,7 +325,7 @@ def _as_all_gather(
 
 
 def _as_all_reduce(
-    have: Holding, need: Holding, pieces: _Pieces, moves: Moves
+    have: Holding, need: Holding, pieces: Pieces, moves: Moves
 ) -> tuple[Step, ...] | None:
     """The steps as an all_reduce over the ranks that hold summands of the same cells, after which
     each has what it needs but for a narrow; None where cells must also travel, or where sending the
@@ -453,7 +349,7 @@ def _where(have: Holding, need: Holding, dims: tuple[str, ...]) -> tuple[str, ..
     stand.
     """
     left, right = f"{have.module}.dp", f"{need.module}.dp"
-    _, _, *ends = _elementary(have.parts[0], need.parts[0])
+    _, _, *ends = elementary(have.parts[0], need.parts[0])
     pairs = set(zip(*(owner.tolist() for owner in ends), strict=True))
     found = None
     for way, names in ((1, (left, right)), (-1, (right, left))):
