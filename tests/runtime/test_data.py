@@ -230,7 +230,7 @@ BAD: list[tuple[Any, str]] = [
         r"has 'pixels\.right', which Model.forward does not read",
     ),
     ({**batch(8, 0), "ids": torch.zeros(6, 3, 2)}, "ids of microbatch 0 has 6 samples in dim 0, "),
-    ({"pixels": {"left": 1}, "ids": 2}, "the batch holds no tensor"),
+    ({"pixels": {"left": 1}, "ids": 2}, "ids of microbatch 0 is a int: only a tensor is cut by"),
     ([1, 2], "microbatch 0 is a list: give a dict of the arguments of Model.forward"),
 ]
 
@@ -253,6 +253,8 @@ def test_none_is_an_input_left_out() -> None:
     assert check_batches(graph, [{**batch(8, 0), "more": None}], {}, frozenset()) == 8
     left_out = {"pixels": batch(8, 0)["pixels"]}
     assert check_batches(graph, [left_out], {}, frozenset({"ids"})) == 8
+    with pytest.raises(LayoutError, match="the batch holds no tensor"):
+        check_batches(graph, [{}], {}, frozenset({"ids", "pixels"}))
 
 
 def test_a_microbatch_that_the_replicas_cannot_share() -> None:
