@@ -7,15 +7,19 @@ from colocc.passes.capture import leaf
 from colocc.passes.rows import Rows
 from colocc.program import Program
 from colocc.runtime.groups import ProcessGroups, process_groups
+from colocc.sampler import Loader, Sampler, Wanted
 
 __all__ = [
     "CaptureError",
     "Layout",
     "LayoutError",
+    "Loader",
     "ProcessGroups",
     "Program",
     "Rows",
+    "Sampler",
     "VerifyError",
+    "Wanted",
     "compile",
     "leaf",
     "process_groups",

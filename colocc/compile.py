@@ -31,6 +31,7 @@ from colocc.runtime.groups import (
     check_world,
     layouts_text,
 )
+from colocc.runtime.parts import check_local
 from colocc.runtime.positions import batch_dims_of
 from colocc.runtime.schedule import Schedule
 
@@ -52,6 +53,8 @@ def compile(
     reductions: Mapping[str, Reduction] | None = None,
     rows: Mapping[str, RowsPerItem] | None = None,
     check: str = "every",
+    balance: bool = True,
+    batches: str = "global",
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> Program:
     """Return the program that trains ``model`` with each module on its own layout.
@@ -68,6 +71,11 @@ def compile(
     ``reductions`` overrides how a module's gradients are reduced over its dp axis. ``rows`` gives,
     of modules of a MimoModel whose items (images, clips) make different numbers of rows, a function
     from one microbatch's inputs to the rows of each item.
+
+    ``balance`` deals the samples of such modules, inside a replica of the reader, to the slots that
+    encode them: longest first, by their rows; without it they stay in order. ``batches`` is
+    "global" where every rank gives the same whole batches, "local" where each gives only what it
+    reads (docs/data.md).
 
     ``schedule`` orders the work of ``forward_backward``: "three_phase" encodes the whole step
     first; "lookahead=2", at pp = 1, encodes 2 microbatches at a time, which bounds the memory of
@@ -105,6 +113,10 @@ def compile(
         order = Schedule.parse(schedule, (graph.sink, plain[graph.sink]))
         if order.kind == "filled":
             portions_of(graph)
+        if batches not in ("global", "local"):
+            raise LayoutError(f"batches is {batches!r}: write 'global' or 'local'")
+        if batches == "local":
+            check_local(graph, order.kind, checks)
         found = graph, _specialized(graph)
     except Exception as problem:  # noqa: BLE001 - agreed on below, then raised on every rank
         error = problem
@@ -112,11 +124,23 @@ def compile(
         ""
         if found is None
         else f"{_digest(found[0])}, groups {groups is not None}, "
-        f"{dims}, {lengths}, {means}, {order}, rows {sorted(rows or {})}, check {checks}"
+        f"{dims}, {lengths}, {means}, {order}, rows {sorted(rows or {})}, check {checks}, "
+        f"balance {balance}, batches {batches}"
     )
     agree_on("the compiled program", text, error)
     assert found is not None
-    return Program(model, *found, groups, dims, timeout, order, rows=rows, check=checks)
+    return Program(
+        model,
+        *found,
+        groups,
+        dims,
+        timeout,
+        order,
+        rows=rows,
+        check=checks,
+        balance=balance,
+        local=batches == "local",
+    )
 
 
 def _check_groups(groups: ProcessGroups | None, layouts: dict[str, Layout]) -> None:

@@ -26,7 +26,7 @@ from colocc.passes.rows import BatchDims
 from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check
-from colocc.runtime.data import Batches, holding_of, sample_runs
+from colocc.runtime.data import Batches
 from colocc.runtime.execute import Executor
 from colocc.runtime.filled import Bubbles
 from colocc.runtime.groups import (
@@ -41,6 +41,7 @@ from colocc.runtime.positions import cut_angles
 from colocc.runtime.ragged import RowsPerItem
 from colocc.runtime.redistribution import Redistribution, tensor_dims
 from colocc.runtime.rows import Ids, RowRedistribution, Rows, counted, rows_held
+from colocc.runtime.samples import RowCounts, imbalances, step_samples
 from colocc.runtime.schedule import Schedule, run_step
 from colocc.runtime.trace import Recorder, chrome, from_text, picture, to_text
 
@@ -53,7 +54,8 @@ class Program:
     """A compiled model. ``print(program)`` is its page; ``program(**batch)`` its forward at pp = 1.
 
     A batch is a dict of the forward's arguments, global and the same on every rank: the program
-    cuts out what this rank reads. ``samples`` says which samples that is.
+    cuts out what this rank reads. ``samples`` says which samples that is; compiled with
+    ``batches="local"``, a rank gives these alone (runtime/parts.py).
     """
 
     def __init__(
@@ -68,7 +70,10 @@ class Program:
         *,
         rows: Mapping[str, RowsPerItem] | None = None,
         check: Check = "every",
+        balance: bool = False,
+        local: bool = False,
     ) -> None:
+        self.balance, self._local = balance and schedule.kind != "filled", local
         self.model, self.graph, self.batch_dims = model, graph, batch_dims
         self.schedule = schedule
         self.rank = dist.get_rank() if dist.is_initialized() else None
@@ -94,6 +99,8 @@ class Program:
                 rows_per_item=dict(rows or {}),
                 check=check,
                 timeout=timeout,
+                balance=self.balance,
+                local=local,
             )
             self._bind(self.rank, mine, timeout)
 
@@ -154,10 +161,16 @@ class Program:
         rank: int,
     ) -> Redistribution | RowRedistribution:
         if "rows" in node.meta:
-            empty = partial(megatron.no_rows, self.model)
+            empty = partial(self._no_rows, plan.src.module)
             return RowRedistribution(plan, groups, rank, name=node.name, empty=empty)
         dims = tensor_dims(plan, first_type(node.meta["types"]))
         return Redistribution(plan, groups, rank, name=node.name, dims=dims)
+
+    def _no_rows(self, module: str) -> torch.Tensor:
+        """Instead of the output of an encoder that has seen no item: its backward runs the
+        collectives of ranks whose encoder has, with local parts."""
+        learns = self._local and torch.is_grad_enabled() and module in self.trainable()
+        return megatron.no_rows(self.model).requires_grad_(learns)
 
     def __str__(self) -> str:
         return page(self.graph)
@@ -172,12 +185,19 @@ class Program:
         return dot(self.graph)
 
     def samples(
-        self, *, num_microbatches: int, batch_size: int, rank: int | None = None
+        self,
+        *,
+        num_microbatches: int,
+        batch_size: int,
+        rank: int | None = None,
+        rows: RowCounts | None = None,
     ) -> dict[str, list[tuple[int, int]]]:
         """For each module, the (microbatch, sample) pairs that ``rank`` reads, in order.
 
         ``batch_size`` is the samples of one global microbatch. What an encoder reads depends on
-        the schedule: it cuts the microbatches that are encoded at once.
+        the schedule: it cuts the microbatches that are encoded at once. ``rows`` gives, of modules
+        of a MimoModel, the placeholders of each sample of each microbatch: with ``balance`` the
+        samples are dealt to slots by them, and it must be given.
         """
         who = self.rank if rank is None else rank
         if who is None:
@@ -187,18 +207,19 @@ class Program:
                 "schedule 'filled' chooses who encodes what by the sizes of a step's batches: load "
                 "all samples on every rank, or write schedule='three_phase'"
             )
-        dp = self.graph.layouts[self.graph.sink].dp
-        return {
-            name: [
-                (chunk.start + microbatch, sample)
-                for chunk in self.schedule.chunks(num_microbatches)
-                for microbatch, start, stop in sample_runs(
-                    holding_of(self.graph, name), dp, len(chunk), batch_size, who
-                )
-                for sample in range(start, stop)
-            ]
-            for name in self.graph.layouts
-        }
+        chunks = self.schedule.chunks(num_microbatches)
+        counts = (rows or {}) if self.balance else None
+        return step_samples(self.graph, chunks, batch_size, who, counts)
+
+    def imbalance(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+        """For each encoder of a MimoModel, the most rows of a slot over the mean in a step of these
+        microbatches: with the samples in order, and as ``balance`` deals them."""
+        intake = self._ready()
+        before, given = intake.learned.copy(), list(batches)
+        try:
+            return imbalances(self.graph, intake.chunks(self.schedule, given))
+        finally:
+            intake.learned = before
 
     def encode(self, batches: Batches) -> list[Any]:
         """The values that cross to the language phase, for the samples of all of ``batches``."""
@@ -356,7 +377,10 @@ class Program:
             self._check_trainable(forward_only)
             taken = take(batches, num_microbatches)
             chunks = intake.chunks(self.schedule, taken)
-            return [*chunks, chunks[0] if len(chunks) == 1 else intake.prepare(taken)]
+            whole = (
+                chunks[0] if len(chunks) == 1 else intake.prepare(taken, encodes=not self._local)
+            )
+            return [*chunks, whole]
 
         with intake.unless_wrong():
             *chunks, found = self._agreed(prepared)

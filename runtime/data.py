@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from math import lcm
 from typing import Any
 
@@ -22,16 +21,14 @@ from colocc.layout import Layout
 from colocc.passes.graph import Graph
 from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
-from colocc.passes.solve.plan import Holding, Intervals
-from colocc.passes.solve.solver import holdings
+from colocc.passes.solve.plan import Intervals
 from colocc.runtime.fields import check_kinds, check_masks, check_tokens, is_shared
 from colocc.runtime.guards import check_guards
+from colocc.runtime.holdings import assigner, holding_of, sample_runs, units_in
 from colocc.runtime.packing import packings
+from colocc.runtime.parts import Parts, Run, size_of_step, whole_inputs
 from colocc.runtime.ragged import Learned, Ragged, RowsPerItem
 from colocc.sequence import axes_of, check_length, cuts, part_of
-
-Run = tuple[int, int, int]
-"""Neighbouring samples of one microbatch: (microbatch, start, stop)."""
 
 
 class Batches:
@@ -47,24 +44,44 @@ class Batches:
         *,
         rows_per_item: Mapping[str, RowsPerItem] | None = None,
         learned: Learned | None = None,
+        balance: bool = False,
+        local: Graph | None = None,
+        encodes: bool = True,
     ) -> None:
+        """``balance``: samples are dealt to slots by their rows, not in order. ``local`` is given
+        where the microbatches hold the samples of this rank alone: what it runs of ``graph``.
+        ``encodes`` is false where the encoders do not run over these microbatches as a whole."""
         self.graph, self.rank, self.batch_dims = graph, rank, batch_dims
         self.microbatches = microbatches
         self.optional = optional
-        self.size = check_batches(graph, microbatches, batch_dims, optional)
-        check_tokens(graph, microbatches)
         self.sink = graph.layouts[graph.sink]
+        self.parts: Parts | None = None
+        if local is None:
+            self.size = check_batches(graph, microbatches, batch_dims, optional)
+        else:
+            self.size = size_of_step(graph, microbatches, batch_dims)
+        check_tokens(graph, microbatches)
         self.packings = packings(graph.packing, microbatches, (graph.sink, self.sink))
         check_masks(graph, microbatches)
+        if local is not None and self.packings is not None:
+            raise LayoutError(
+                f"{graph.packing} packs sequences of the global microbatch, and these batches hold "
+                "this rank's samples: compile with batches='global' and give the global batch"
+            )
         check_divides(graph, len(microbatches), self.size)
+        if local is not None:
+            self.parts = self._parts(local, encodes)
         check_sequences(graph, microbatches)
+        modules = graph.rows if encodes else {}
         self.ragged = Ragged(
             microbatches,
-            graph.rows,
+            modules,
             replicas=self.sink.dp,
             rows_per_item=rows_per_item,
             learned=learned,
             packed=self.packings is not None,
+            assign={n: assigner(graph, n) for n in modules} if balance else None,
+            own=None if local is None else {name: self.units(name) for name in modules},
         )
 
     @property
@@ -73,6 +90,28 @@ class Batches:
         one replica."""
         samples, tokens = self.size // self.sink.dp, self.microbatches[0]["input_ids"].shape[1]
         return (tokens, samples) if self.packings is None else (samples * tokens, 1)
+
+    def _parts(self, mine: Graph, encodes: bool) -> Parts:
+        """Where this rank's samples lie in its parts, which hold what they must."""
+        count, sink = len(self.microbatches), self.graph.sink
+        encoders = [name for name in self.graph.layouts if name not in self.graph.rows and encodes]
+        runs = {name: self.runs_of(name) for name in (*encoders, sink)}
+        parts = Parts(self.graph, self.size, runs)
+        check_inputs(mine, self.microbatches, self.optional, self.graph)
+        parts.check(mine, self.microbatches, self.batch_dims)
+        check_kinds(mine, self.microbatches)
+        for index in range(count):
+            shapes = parts.as_whole(self.microbatches[index], index, self.batch_dims)
+            check_guards(self.graph, shapes, self.size, f"microbatch {index}")
+        return parts
+
+    def common(self) -> list[Mapping[str, Any]]:
+        """What all ranks have alike: all, or of local parts what is whole."""
+        if self.parts is None:
+            return list(self.microbatches)
+        names = [name for (name,) in whole_inputs(self.graph)]
+        whole = [{name: batch[name] for name in names} for batch in self.microbatches]
+        return [{"samples": self.size, "microbatches": len(whole)}, *whole]
 
     def encoder_input(self, node: fx.Node, runs: list[Run] | None = None) -> Any:
         """The samples ``runs`` of an encoder's input; if not given, those that this rank encodes of
@@ -104,7 +143,11 @@ class Batches:
 
     def runs(self, node: fx.Node) -> list[Run]:
         """The samples of an input that this rank reads in the whole step."""
-        module, count = node.meta["module"], len(self.microbatches)
+        return self.runs_of(node.meta["module"])
+
+    def runs_of(self, module: str) -> list[Run]:
+        """The samples that this rank reads of the inputs of ``module`` in the whole step."""
+        count = len(self.microbatches)
         if module != self.graph.sink:
             holding = holding_of(self.graph, module)
             return sample_runs(holding, self.sink.dp, count, self.size, self.rank)
@@ -137,13 +180,17 @@ class Batches:
         dim, name = dim_of(self.batch_dims, path[0]), ".".join(path)
         layout = self.graph.layouts[node.meta["module"]]
         sequence = self.graph.sequence_dims.get(path[0])
+        size = self.size
+        if self.parts is not None:
+            where = self.parts.place(path, node.meta["module"], microbatch, start, stop)
+            start, stop, size = where
 
         def narrow(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
             shared = path[0] in self.graph.masks and is_shared(value)
             if dim is not None and value.dim() > dim and not shared:
-                rows = rows_per_sample(name, value.shape[dim], self.size)
+                rows = rows_per_sample(name, value.shape[dim], max(1, size))
                 value = value.narrow(dim, start * rows, (stop - start) * rows)
             if sequence is None or value.dim() <= sequence:
                 return value
@@ -163,54 +210,6 @@ def cut_sequence(value: torch.Tensor, dim: int, layout: Layout, rank: int) -> to
     return found[0] if len(found) == 1 else torch.cat(found, dim)
 
 
-def holding_of(graph: Graph, module: str) -> Holding:
-    """Which units of a step each dp slot of ``module`` holds."""
-    sink = (graph.sink, graph.layouts[graph.sink])
-    return _holding((module, graph.layouts[module]), sink)
-
-
-@lru_cache(maxsize=256)
-def _holding(module: tuple[str, Layout], sink: tuple[str, Layout]) -> Holding:
-    """Asked several times a microbatch, so solved once."""
-    found, _, _ = holdings(module, sink, sink, ("sample",))
-    return found
-
-
-def units_in(holding: Holding) -> int:
-    """The units of a whole step."""
-    return sum(stop - start for slot in holding.slots for start, stop in slot)
-
-
-def sample_runs(holding: Holding, dp: int, microbatches: int, size: int, rank: int) -> list[Run]:
-    """The samples of ``rank`` as runs of neighbours, in order.
-
-    ``dp`` is the sink's, ``size`` the samples of one global microbatch. Of the U units of a replica
-    of n samples, unit u holds those from floor(u * n / U) on; where they do not divide, some hold
-    more than others, or none.
-    """
-    units = sum(stop - start for slot in holding.slots for start, stop in slot)
-    replica_size, part, replica_units = microbatches * size // dp, size // dp, units // dp
-
-    def first_of(unit: int) -> int:
-        replica, inside = divmod(unit, replica_units)
-        return replica * replica_size + inside * replica_size // replica_units
-
-    runs: list[Run] = []
-    for first, last in holding.box(rank)[0]:
-        position, stop = first_of(first), first_of(last)
-        while position < stop:
-            replica, inside = divmod(position, replica_size)
-            microbatch, offset = divmod(inside, part)
-            count = min(stop - position, part - offset)
-            start = replica * part + offset
-            if runs and runs[-1][0] == microbatch and runs[-1][2] == start:
-                runs[-1] = (microbatch, runs[-1][1], start + count)
-            else:
-                runs.append((microbatch, start, start + count))
-            position += count
-    return runs
-
-
 def check_batches(
     graph: Graph,
     microbatches: Sequence[Mapping[str, Any]],
@@ -221,23 +220,10 @@ def check_batches(
 
     Raises: LayoutError for a missing, unknown or odd input.
     """
-    paths = {node.meta["path"] for node in graph.placeholders()}
-    constants = {guard.path for guard in graph.guards.values} if graph.guards is not None else set()
     sizes: dict[int, tuple[str, int]] = {}
+    check_inputs(graph, microbatches, optional)
+    paths = {node.meta["path"] for node in graph.placeholders()}
     for index, batch in enumerate(microbatches):
-        if not isinstance(batch, Mapping):
-            raise LayoutError(
-                f"microbatch {index} is a {type(batch).__name__}: give a dict of the arguments of "
-                f"{graph.name}.forward"
-            )
-        for path in sorted(paths):
-            if lookup(batch, path) is None and path[0] not in optional:
-                have = ", ".join(map(str, batch))
-                raise LayoutError(
-                    f"microbatch {index} lacks the input {'.'.join(path)}, which "
-                    f"{graph.name}.forward reads; it has {have}"
-                )
-        _check_known(graph, index, batch, paths | constants)
         for name, value in batch.items():
             items = [module for module in graph.rows if (name, module) in paths]
             if items and isinstance(value, Mapping):
@@ -254,6 +240,34 @@ def check_batches(
         _check_rows(index, batch, batch_dims, first[1])
         check_guards(graph, batch, first[1], f"microbatch {index}")
     return first[1]
+
+
+def check_inputs(
+    graph: Graph,
+    microbatches: Sequence[Mapping[str, Any]],
+    optional: frozenset[str],
+    whole: Graph | None = None,
+) -> None:
+    """Raise LayoutError for a microbatch that lacks an input of ``graph``, or has one that the
+    ``whole`` graph, if it is another one, does not read."""
+    whole = whole or graph
+    paths = {node.meta["path"] for node in graph.placeholders()}
+    known = {node.meta["path"] for node in whole.placeholders()}
+    constants = {guard.path for guard in whole.guards.values} if whole.guards is not None else set()
+    for index, batch in enumerate(microbatches):
+        if not isinstance(batch, Mapping):
+            raise LayoutError(
+                f"microbatch {index} is a {type(batch).__name__}: give a dict of the arguments of "
+                f"{graph.name}.forward"
+            )
+        for path in sorted(paths):
+            if lookup(batch, path) is None and path[0] not in optional:
+                have = ", ".join(map(str, batch))
+                raise LayoutError(
+                    f"microbatch {index} lacks the input {'.'.join(path)}, which "
+                    f"{graph.name}.forward reads; it has {have}"
+                )
+        _check_known(graph, index, batch, known | constants)
 
 
 def _check_rows(index: int, batch: Mapping[str, Any], batch_dims: BatchDims, samples: int) -> None:
@@ -369,7 +383,7 @@ def outline(batches: Batches) -> str:
 def _leaves(batches: Batches, digest: Any) -> list[Any]:
     """The values of the batches; the digest learns their names, and those that are no tensors."""
     found = []
-    for batch in batches.microbatches:
+    for batch in batches.common():
         leaves, spec = pytree.tree_flatten(dict(batch))
         digest.update(str(spec).encode())
         for leaf in leaves:
@@ -382,5 +396,5 @@ def _leaves(batches: Batches, digest: Any) -> list[Any]:
 
 
 def _shapes(batches: Batches) -> list[list[int]]:
-    leaves = [leaf for batch in batches.microbatches for leaf in pytree.tree_leaves(dict(batch))]
+    leaves = [leaf for batch in batches.common() for leaf in pytree.tree_leaves(dict(batch))]
     return [list(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]

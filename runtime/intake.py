@@ -55,16 +55,19 @@ class Intake:
         rows_per_item: Mapping[str, RowsPerItem],
         check: Check,
         timeout: timedelta,
+        balance: bool,
+        local: bool,
     ) -> None:
         self.graph, self.mine, self.rank = graph, mine, rank
         self.batch_dims, self.optional, self.rows_per_item = batch_dims, optional, rows_per_item
-        self.check = check
+        self.check, self.balance, self.local = check, balance, local
         self.agreement = Agreement(timeout)
         self.learned = Learned()
         self._compared = False
 
-    def prepare(self, microbatches: list[Mapping[str, Any]]) -> Batches:
-        """The microbatches, cut for this rank. Raises: LayoutError, CaptureError."""
+    def prepare(self, microbatches: list[Mapping[str, Any]], *, encodes: bool = True) -> Batches:
+        """The microbatches, cut for this rank; with ``encodes``, the encoders run over them as a
+        whole. Raises: LayoutError, CaptureError."""
         return Batches(
             self.graph,
             [plain(batch) for batch in microbatches],
@@ -73,6 +76,9 @@ class Intake:
             self.optional,
             rows_per_item=self.rows_per_item,
             learned=self.learned,
+            balance=self.balance,
+            local=self.mine if self.local else None,
+            encodes=encodes,
         )
 
     def chunks(self, schedule: Schedule, microbatches: list[Mapping[str, Any]]) -> list[Batches]:
@@ -96,16 +102,19 @@ class Intake:
         """Return if no rank has an ``error`` and all were given the same batch.
 
         The first batch is compared as a whole, later ones by what decides on the collectives:
-        names, shapes and the rows of each sample. Collective, but for later batches with
-        check="first".
+        names, shapes and the rows of each sample; of local parts always what is whole. Collective,
+        but for later batches with check="first".
         """
         if self._compared and self.check == "first":
             if error is not None:
                 raise error
             return
-        compare = outline if self._compared else fingerprint
+        compare = outline if self._compared and not self.local else fingerprint
         text = "" if batches is None else compare(batches)
-        self.agreement.settle("the batch, which must be global", text, error)
+        what = (
+            "input_ids, which must be global," if self.local else "the batch, which must be global"
+        )
+        self.agreement.settle(what, text, error)
         self._compared = True
 
     def settle(self, error: Exception | None) -> None:

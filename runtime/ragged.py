@@ -22,10 +22,12 @@ from colocc.errors import LayoutError
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.plan import Intervals
 from colocc.runtime.pairing import rows_each
+from colocc.runtime.parts import Run, by_microbatch, in_order
 from colocc.runtime.rows import Ids, Rows, samples_in, units_of
 
 RowsPerItem = Callable[[Any], "torch.Tensor | Sequence[int]"]
-Run = tuple[int, int, int]
+Assign = Callable[[Ids], Ids]
+"""From the rows of each sample, in the reader's order, to the unit of each."""
 INPUTS = "modality_inputs"
 
 
@@ -69,10 +71,14 @@ class Ragged:
         rows_per_item: Mapping[str, RowsPerItem] | None = None,
         learned: Learned | None = None,
         packed: bool = False,
+        assign: Mapping[str, Assign] | None = None,
+        own: Mapping[str, tuple[Intervals, int]] | None = None,
     ) -> None:
         """``tokens`` is the placeholder of each module; ``replicas`` the reader's dp. ``learned``
         is from the steps before, and learns from this one. Where sequences are ``packed``, a
-        replica reads the samples of a microbatch joined: so positions count.
+        replica reads the samples of a microbatch joined: so positions count. ``assign`` chooses
+        the units of a module's samples. ``own`` is given where the inputs hold only the items of
+        this rank: the units that it encodes, and how many a step has.
 
         Raises: LayoutError for items and placeholders that do not match, with the first sample.
         """
@@ -80,7 +86,17 @@ class Ragged:
         given = rows_per_item or {}
         self.learned = Learned() if learned is None else learned
         self.modules = {
-            name: _Module(name, microbatches, ids, token, replicas, given.get(name), self.learned)
+            name: _Module(
+                name,
+                microbatches,
+                ids,
+                token,
+                replicas,
+                given.get(name),
+                self.learned,
+                assign=(assign or {}).get(name),
+                own=(own or {}).get(name),
+            )
             for name, token in tokens.items()
         }
         for module in self.modules.values() if packed else ():
@@ -113,7 +129,7 @@ class Ragged:
         """The items of ``units``, of ``count`` in a step: (microbatch, first, last, their part of
         the input)."""
         module = self.modules[name]
-        samples = samples_in(units, units_of(module.rows.samples, module.rows.replicas, count))
+        samples = samples_in(units, module.rows.units(count))
         return module.cut(samples, path)
 
     def items_per_sample(self, name: str, microbatch: int) -> Ids:
@@ -162,17 +178,33 @@ class _Module:
         replicas: int,
         rows_per_item: RowsPerItem | None,
         learned: Learned,
+        *,
+        assign: Assign | None = None,
+        own: tuple[Intervals, int] | None = None,
     ) -> None:
         self.name, self.microbatches, self.replicas = name, microbatches, replicas
         self.learned = learned
         masks = [found == token for found in ids]
         self.counts = [mask.sum(axis=1) for mask in masks]
+        self.unit = None if assign is None else assign(in_order(self.counts, replicas))
+        if own is not None:
+            self.counts = self._encoded(*own)
         self.inputs = [lookup(batch, (INPUTS, name)) for batch in microbatches]
         if rows_per_item is None:
             self.items = self._alike()
         else:
             self.items = [self._stated(index, rows_per_item) for index in range(len(microbatches))]
         self.rows = self._rows(masks)
+
+    def _encoded(self, units: Intervals, count: int) -> list[Ids]:
+        """The placeholders of the samples in ``units``, none of others: only their items are
+        here."""
+        order = in_order(self.counts, self.replicas)
+        unit = units_of(len(order), self.replicas, count) if self.unit is None else self.unit
+        mine = np.zeros_like(order)
+        samples = samples_in(units, unit)
+        mine[samples] = order[samples]
+        return by_microbatch(mine, self.replicas, len(self.counts))
 
     # ------------------------------------------------------------ items
 
@@ -254,6 +286,7 @@ class _Module:
             np.concatenate(positions),
             np.concatenate(lengths),
             np.concatenate(items),
+            self.unit,
         )
 
     # ------------------------------------------------------------ inputs

@@ -39,6 +39,7 @@ class Rows:
     position   [rows]: the place of the row's placeholder in the sequence, ascending in a sample
     lengths    [samples]: the length of the sequence
     items      [items]: the rows that the encoder makes of each image or clip, in the same order
+    unit       [samples]: the unit of each sample; None for equal parts, as ``units_of`` has them
     """
 
     replicas: int
@@ -47,6 +48,7 @@ class Rows:
     position: Ids
     lengths: Ids
     items: Ids
+    unit: Ids | None = None
 
     @property
     def samples(self) -> int:
@@ -79,6 +81,10 @@ class Rows:
             np.searchsorted(ends, self.starts[samples + side], side="right") for side in (0, 1)
         )
         return last - first
+
+    def units(self, count: int) -> Ids:
+        """The unit, of ``count`` in a step, of each sample."""
+        return units_of(self.samples, self.replicas, count) if self.unit is None else self.unit
 
     def microbatch_of(self, samples: Ids) -> Ids:
         """The microbatch of each sample."""
@@ -125,9 +131,9 @@ class Cells:
 
     def __init__(self, plan: Plan, rows: Rows) -> None:
         self.plan, self.rows = plan, rows
-        self.unit = units_of(rows.samples, rows.replicas, plan.units)
-        self.order = np.argsort(self.unit, kind="stable")
-        self.sorted = self.unit[self.order]
+        unit = rows.units(plan.units)
+        self.order = np.argsort(unit, kind="stable")
+        self.sorted = unit[self.order]
         self.item_starts = np.concatenate([[0], np.cumsum(rows.items)])
 
     def inside(self, corners: Corners) -> Ids:

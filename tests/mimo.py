@@ -64,8 +64,10 @@ class SequenceParallelNorm(torch.nn.LayerNorm):
             weight.sequence_parallel = True  # type: ignore[attr-defined]
 
 
-def sequence_parallel_block(layout: Layout, layers: int) -> TransformerBlockSubmodules:
-    spec = layer_spec(AttnMaskType.causal)
+def sequence_parallel_block(
+    layout: Layout, layers: int, experts: int | None = None
+) -> TransformerBlockSubmodules:
+    spec = layer_spec(AttnMaskType.causal, experts)
     spec.submodules.input_layernorm = SequenceParallelNorm
     spec.submodules.pre_mlp_layernorm = SequenceParallelNorm
     return TransformerBlockSubmodules(
@@ -73,8 +75,8 @@ def sequence_parallel_block(layout: Layout, layers: int) -> TransformerBlockSubm
     )
 
 
-def layer_spec(mask: AttnMaskType) -> ModuleSpec:
-    spec = get_gpt_layer_local_spec()
+def layer_spec(mask: AttnMaskType, experts: int | None = None) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(num_experts=experts)
     spec.submodules.self_attention.params = {"attn_mask_type": mask}
     spec.submodules.self_attention.submodules.core_attention = SdpaAttention
     return spec
@@ -114,6 +116,19 @@ def config_of(layout: Layout, layers: int, hidden: int, **options: Any) -> Trans
     )
 
 
+def mixture_of(experts: int, layout: Layout) -> dict[str, Any]:
+    """Two of ``experts`` for each token, and a loss that keeps their loads alike."""
+    return {
+        "add_bias_linear": False,
+        "num_moe_experts": experts,
+        "expert_model_parallel_size": layout.ep,
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.1,
+        "moe_token_dispatcher_type": "allgather",
+    }
+
+
 def build(
     groups: Mapping[str, Any],
     layouts: Mapping[str, Layout],
@@ -128,6 +143,8 @@ def build(
     recompute: bool = False,
     is_hybrid: bool = False,
     projector: bool = False,
+    experts: int | None = None,
+    layers: int = 4,
     wrap: bool = True,
     length: int = LENGTH,
     positions: str = "learned_absolute",
@@ -143,7 +160,10 @@ def build(
         name: config_of(replace(layout, cp=1, ep=1), 2, ENCODER_HIDDEN, **per)
         for name, layout in layouts.items()
     }
-    configs["language"] = config_of(language, 4, HIDDEN, sequence_parallel=sequence_parallel, **per)
+    mixture = {} if experts is None else mixture_of(experts, language)
+    configs["language"] = config_of(
+        language, layers, HIDDEN, sequence_parallel=sequence_parallel, **per, **mixture
+    )
     if positions == "mrope":
         configs["language"].mrope_section = [1, 0, 1]
     if sequence_parallel or recompute:
@@ -185,8 +205,8 @@ def build(
         "scatter_embedding_sequence_parallel": False,
         "pg_collection": pg,
     }
-    layer = layer_spec(AttnMaskType.causal)
-    block = sequence_parallel_block(language, 4) if sequence_parallel else layer
+    layer = layer_spec(AttnMaskType.causal, experts)
+    block = sequence_parallel_block(language, layers, experts) if sequence_parallel else layer
     gpt = ModuleSpec(module=GPTModel, params={**common, "transformer_layer_spec": block})
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     with warnings.catch_warnings():

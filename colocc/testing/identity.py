@@ -13,7 +13,9 @@ import torch
 
 from colocc.errors import LayoutError
 from colocc.passes.solve.plan import Holding, Plan
-from colocc.runtime.data import Run, cut_sequence, holding_of, sample_runs
+from colocc.runtime.data import cut_sequence
+from colocc.runtime.holdings import holding_of, sample_runs
+from colocc.runtime.parts import Run
 from colocc.runtime.redistribution import Redistribution
 from colocc.runtime.rows import RowRedistribution, Rows
 

@@ -19,7 +19,8 @@ Groups = Mapping[str, "ProcessGroupCollection"]
 
 
 def global_names(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter with its name: without wrappers, layers counted over the whole pipeline.
+    """Every parameter with its name: without wrappers, layers counted over the whole pipeline,
+    experts over all ranks.
 
     An output layer that shares the word embedding bears the embedding's name.
     """
@@ -29,7 +30,17 @@ def global_names(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if isinstance(number := getattr(part, "layer_number", None), int)
         and re.search(r"(^|\.)layers\.[0-9]+$", name)
     }
+    experts = {
+        name: part.ep_group.rank() * part.num_local_experts
+        for name, part in module.named_modules()
+        if hasattr(part, "local_experts") and hasattr(part, "ep_group")
+    }
     for name, weight in module.named_parameters():
+        for prefix, first in experts.items():
+            if name.startswith(prefix + ".local_experts."):
+                number, _, rest = name.removeprefix(prefix + ".local_experts.").partition(".")
+                name = f"{prefix}.local_experts.{first + int(number)}.{rest}"
+                break
         for prefix, number in layers.items():
             if name.startswith(prefix + "."):
                 name = f"{prefix.rpartition('.')[0]}.{number}{name[len(prefix) :]}"
@@ -47,6 +58,14 @@ def _slice_of(weight: torch.Tensor) -> int | None:
     return int(getattr(weight, "partition_dim", 0))
 
 
+def _tp_of(weight: torch.Tensor, collection: ProcessGroupCollection) -> dist.ProcessGroup:
+    """The ranks that share a weight: those of the experts' own tp for an expert's."""
+    group: dist.ProcessGroup = (
+        collection.tp if getattr(weight, "allreduce", True) else collection.expt_tp
+    )
+    return group
+
+
 def seed_parameters(
     module: nn.Module, group: ProcessGroupCollection | None, *, seed: int = 0, scale: float = 0.1
 ) -> None:
@@ -56,7 +75,7 @@ def seed_parameters(
     """
     with torch.no_grad():
         for name, weight in global_names(module):
-            dim, tp = _slice_of(weight), 1 if group is None else group.tp.size()
+            dim, tp = _slice_of(weight), 1 if group is None else _tp_of(weight, group).size()
             shape = list(weight.shape)
             if dim is not None:
                 shape[dim] *= tp
@@ -66,7 +85,7 @@ def seed_parameters(
             if "norm" in name and name.endswith("weight"):
                 whole += 1
             if dim is not None and group is not None:
-                whole = whole.chunk(tp, dim)[group.tp.rank()]
+                whole = whole.chunk(tp, dim)[_tp_of(weight, group).rank()]
             weight.copy_(whole)
 
 
@@ -82,7 +101,7 @@ def _whole(
             if part is None:
                 continue
             part = part.detach().clone()
-            dim, tp = _slice_of(weight), groups[owner].tp
+            dim, tp = _slice_of(weight), _tp_of(weight, groups[owner])
             if dim is not None and tp.size() > 1:
                 parts = [torch.empty_like(part) for _ in range(tp.size())]
                 dist.all_gather(parts, part, group=tp)

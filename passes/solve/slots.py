@@ -57,6 +57,14 @@ def replicas(dp: int, units: int) -> tuple[Intervals, ...]:
     return tuple(((index * size, (index + 1) * size),) for index in range(dp))
 
 
+def savings(src: Layout, dst: Layout) -> Counts:
+    """What a sample saves if slot s of ``src`` holds it for replica d: the ranks that have it and
+    need it, each weighted by the share of the sequence. Shape: [slots, replicas]."""
+    found = np.zeros((src.dp, dst.dp), dtype=np.int64)
+    np.add.at(found, (src.coordinates("dp"), dst.coordinates("dp")), _weights(src, dst))
+    return found
+
+
 def _table(src: Layout, dst: Layout, units: int) -> tuple[Counts, Counts, Counts]:
     """The entries of the transport table: slot, replica, units."""
     places = src.coordinates("dp") * dst.dp + dst.coordinates("dp")

@@ -22,9 +22,8 @@ from colocc.runtime.data import (
     check_batches,
     check_divides,
     cut_sequence,
-    holding_of,
-    sample_runs,
 )
+from colocc.runtime.holdings import holding_of, sample_runs
 
 ORDERS = ["tp-cp-ep-dp-pp", "tp-cp-pp-dp", "dp-pp-tp"]
 

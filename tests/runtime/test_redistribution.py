@@ -11,8 +11,8 @@ from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.passes.solve.plan import Holding, Plan
 from colocc.passes.solve.solver import solve
-from colocc.runtime.data import sample_runs
 from colocc.runtime.groups import close_groups, open_groups
+from colocc.runtime.holdings import sample_runs
 from colocc.runtime.redistribution import Redistribution
 from tests.harness import run_threads
 
