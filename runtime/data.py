@@ -63,11 +63,6 @@ class Batches:
         check_tokens(graph, microbatches)
         self.packings = packings(graph.packing, microbatches, (graph.sink, self.sink))
         check_masks(graph, microbatches)
-        if local is not None and self.packings is not None:
-            raise LayoutError(
-                f"{graph.packing} packs sequences of the global microbatch, and these batches hold "
-                "this rank's samples: compile with batches='global' and give the global batch"
-            )
         check_divides(graph, len(microbatches), self.size)
         if local is not None:
             self.parts = self._parts(local, encodes)

@@ -112,7 +112,9 @@ class Intake:
         compare = outline if self._compared and not self.local else fingerprint
         text = "" if batches is None else compare(batches)
         what = (
-            "input_ids, which must be global," if self.local else "the batch, which must be global"
+            "the input_ids, which must be global"
+            if self.local
+            else "the batch, which must be global"
         )
         self.agreement.settle(what, text, error)
         self._compared = True

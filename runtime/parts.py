@@ -18,6 +18,7 @@ from colocc.errors import LayoutError
 from colocc.passes.graph import Graph
 from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
+from colocc.runtime.fields import is_shared
 from colocc.runtime.rows import Ids
 
 Run = tuple[int, int, int]
@@ -65,6 +66,11 @@ def size_of_step(
     for index, batch in enumerate(microbatches):
         if not isinstance(batch, Mapping):
             raise LayoutError(f"microbatch {index} is a {type(batch).__name__}: give a dict")
+        if graph.packing and batch.get(graph.packing) is not None:
+            raise LayoutError(
+                f"microbatch {index} has {graph.packing}: the borders of packed sequences are of "
+                "all samples, which batches='local' does not tell. Write batches='global'."
+            )
     if graph.rows:
         ids = [lookup(batch, WHOLE) for batch in microbatches]
         sizes = [len(i) if isinstance(i, torch.Tensor) and i.dim() == 2 else None for i in ids]
@@ -128,7 +134,8 @@ class Parts:
             for index, batch in enumerate(microbatches):
                 held = self.held(module, index)
                 for name, tensor in tensors_of(lookup(batch, path), path):
-                    if tensor.dim() > dim:
+                    shared = path[0] in self.graph.masks and is_shared(tensor)
+                    if tensor.dim() > dim and not shared:
                         what = f"{'.'.join(name)} of microbatch {index}"
                         several = has_rows(batch_dims, path[0])
                         _check_count(what, tensor.shape[dim], held, several, said)
