@@ -8,9 +8,9 @@ import argparse
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -149,28 +149,32 @@ def launch(command: list[str], ranks: int, log: IO[str], settings: dict[str, str
 
     One rank's failure ends the others, which would wait for it.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    started = []
-    for rank in range(ranks):
-        place = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        env = settings | os.environ | place
-        started.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
-    try:
-        while True:
-            codes = [process.poll() for process in started]
-            if failed := next((code for code in codes if code), None):
-                time.sleep(GRACE)
-                return failed
-            if None not in codes:
-                return 0
-            time.sleep(0.1)
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        # A file, not a port: one that is free now may be taken when rank 0 listens.
+        world = {"BENCHMARK_STORE": str(Path(folder) / "store"), "WORLD_SIZE": str(ranks)}
+        started = []
+        for rank in range(ranks):
+            place = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env = settings | os.environ | place
+            started.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
+        try:
+            return _wait(started)
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+
+
+def _wait(started: list[subprocess.Popen[bytes]]) -> int:
+    """0 when all have ended well, else what the first to fail exits with."""
+    while True:
+        codes = [process.poll() for process in started]
+        if failed := next((code for code in codes if code), None):
+            time.sleep(GRACE)
+            return failed
+        if None not in codes:
+            return 0
+        time.sleep(0.1)
 
 
 def reason_of(text: str, code: int) -> str:

@@ -214,7 +214,8 @@ class _Part(Arm):
         program = self.program
         assert program.rank is not None
         microbatches = [self.shared.batches[index] for index in chunk]
-        return Batches(program.graph, microbatches, program.rank, program.batch_dims)
+        optional = megatron.optional_inputs(program.model)
+        return Batches(program.graph, microbatches, program.rank, program.batch_dims, optional)
 
     def finish(self) -> None:
         megatron.finish_gradients(

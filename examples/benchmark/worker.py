@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 from torch.distributed import distributed_c10d
 
 from colocc.runtime import cpu
@@ -31,14 +32,16 @@ def ranks(local: int, *, eager: bool) -> Iterator[None]:
     ``eager`` opens every communicator when its group is made, as device_id does.
     """
     use_multi_tensor()
+    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    store = FileStore(os.environ["BENCHMARK_STORE"], world)
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
         device = torch.device("cuda", local) if eager else None
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=world, device_id=device)
     else:
         cpu.enable()
         torch.set_num_threads(1)
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         yield
     finally:
