@@ -9,8 +9,6 @@ PYTHON ?= $(shell for p in python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 
 export OMP_NUM_THREADS ?= 1
-# Each worker has eight rank processes: about 4 GiB.
-WORKERS ?= 2
 
 .PHONY: setup demo test check clean
 
@@ -29,7 +27,7 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/pytest -q
 
 check: test
 
