@@ -39,7 +39,7 @@ def sample_runs(holding: Holding, dp: int, microbatches: int, size: int, rank: i
     of n samples, unit u holds those from floor(u * n / U) on; where they do not divide, some hold
     more than others, or none.
     """
-    units = sum(stop - start for slot in holding.slots for start, stop in slot)
+    units = units_in(holding)
     replica_size, part, replica_units = microbatches * size // dp, size // dp, units // dp
 
     def first_of(unit: int) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from colocc.errors import LayoutError
 from colocc.passes.graph import Graph
 from colocc.passes.solve.balance import loads, units_between
+from colocc.passes.solve.plan import distinct
 from colocc.runtime.data import Batches
 from colocc.runtime.holdings import assigner, holding_of, sample_runs
 from colocc.runtime.parts import in_order
@@ -48,7 +49,7 @@ def deals(graph: Graph, module: str) -> bool:
     if module not in graph.rows:
         return False
     units = units_between(graph.layouts[module], graph.layouts[graph.sink])
-    pairs = np.unique(np.stack([units.replica, units.slot]), axis=1)
+    pairs, _ = distinct(units.replica, units.slot)
     return int(pairs.shape[1]) > len(units.block)
 
 

@@ -166,27 +166,23 @@ def test_qwen_vl_whose_images_are_rows_of_patches() -> None:
     assert "f64[8*16@dp,12]" in page and "i64[3,8@dp,12]" in page
 
 
+AUDIO = {
+    "model.audio_tower": WIDE,
+    "model.multi_modal_projector": TEXT,
+    "model.language_model": TEXT,
+    "lm_head": TEXT,
+}
+
+
 def test_voxtral() -> None:
-    layouts = {
-        "model.audio_tower": WIDE,
-        "model.multi_modal_projector": TEXT,
-        "model.language_model": TEXT,
-        "lm_head": TEXT,
-    }
-    check_trained(voxtral(), layouts, [voxtral_batch(step) for step in range(STEPS)])
+    check_trained(voxtral(), AUDIO, [voxtral_batch(step) for step in range(STEPS)])
 
 
 def test_qwen_audio_branches_on_data() -> None:
-    layouts = {
-        "model.audio_tower": WIDE,
-        "model.multi_modal_projector": TEXT,
-        "model.language_model": TEXT,
-        "lm_head": TEXT,
-    }
     model, batch = qwen_audio(), qwen_audio_batch()
     assert loss_of(model(**batch)).isfinite()
     with pytest.raises(CaptureError) as info:
-        colocc.compile(model, layouts, example_inputs=batch)
+        colocc.compile(model, AUDIO, example_inputs=batch)
     assert "looks at the value of a tensor" in str(info.value)
     assert "modeling_qwen2_audio.py" in str(info.value) and "legacy_processing" in str(info.value)
 
