@@ -55,6 +55,7 @@ def compile(
     check: str = "every",
     balance: bool = True,
     batches: str = "global",
+    cuda_graphs: bool = False,
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> Program:
     """Return the program that trains ``model`` with each module on its own layout.
@@ -82,6 +83,11 @@ def compile(
     the encoders' activations; "filled", at pp > 1, encodes in the bubbles of the pipeline, if every
     tp group of the encoder lies inside one of its stages; "filled=2,6" in 2 portions a microbatch,
     with the encoder's activations of 6 microbatches alive.
+
+    ``cuda_graphs`` replays the encoders' forward and backward as CUDA graphs, which frees the host
+    from launching their kernels and keeps their activations allocated. An encoder that cannot be
+    captured (tp, cp or ep inside it, dropout, recomputation, inputs of many shapes, waits for the
+    device, no GPU) runs without, with a warning that says why.
 
     ``check`` says what is looked at before a step: with "every", all ranks ask one another, on the
     host, whether their batches are alike and without errors, before the step and after each
@@ -125,7 +131,7 @@ def compile(
         if found is None
         else f"{_digest(found[0])}, groups {groups is not None}, "
         f"{dims}, {lengths}, {means}, {order}, rows {sorted(rows or {})}, check {checks}, "
-        f"balance {balance}, batches {batches}"
+        f"balance {balance}, batches {batches}, cuda_graphs {cuda_graphs}"
     )
     agree_on("the compiled program", text, error)
     assert found is not None
@@ -140,6 +146,7 @@ def compile(
         check=checks,
         balance=balance,
         local=batches == "local",
+        cuda_graphs=cuda_graphs,
     )
 
 

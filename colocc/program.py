@@ -26,6 +26,7 @@ from colocc.passes.rows import BatchDims
 from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check
+from colocc.runtime.cuda_graphs import CapturedModule
 from colocc.runtime.data import Batches
 from colocc.runtime.execute import Executor
 from colocc.runtime.filled import Bubbles
@@ -72,7 +73,11 @@ class Program:
         check: Check = "every",
         balance: bool = False,
         local: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
+        # By the node that calls the module.
+        self.captured: dict[str, CapturedModule] = {}
+        self._cuda_graphs = cuda_graphs
         self.balance, self._local = balance and schedule.kind != "filled", local
         self.model, self.graph, self.batch_dims = model, graph, batch_dims
         self.schedule = schedule
@@ -129,6 +134,9 @@ class Program:
                 self._calls[node.name] = megatron.MergeInPart(
                     self.model, mine.layouts[mine.sink], rank
                 )
+            elif self._cuda_graphs and (name := mine.module_of(node)) not in (None, mine.sink):
+                module = CapturedModule(name, mine.layouts[name], partial(self._module, node))
+                self.captured[node.name] = self._calls[node.name] = module
         self._calls |= {n: move for n, move in moves.items() if isinstance(move, RowRedistribution)}
         self.cut = cut(mine)
         self._output = mine.output()
@@ -165,6 +173,10 @@ class Program:
             return RowRedistribution(plan, groups, rank, name=node.name, empty=empty)
         dims = tensor_dims(plan, first_type(node.meta["types"]))
         return Redistribution(plan, groups, rank, name=node.name, dims=dims)
+
+    def _module(self, node: fx.Node) -> nn.Module:
+        """The module that ``node`` calls, as it is wrapped now."""
+        return self.model.get_submodule(str(node.target))
 
     def _no_rows(self, module: str) -> torch.Tensor:
         """Instead of the output of an encoder that has seen no item: its backward runs the

@@ -563,3 +563,36 @@ def require_ddp(name: str, module: nn.Module) -> None:
             f"would reduce its gradients. Wrap it: DistributedDataParallel(config, ddp_config, "
             f"module, pg_collection=groups[{name!r}])"
         )
+
+
+def main_gradient(weight: torch.Tensor) -> torch.Tensor:
+    """Where DDP adds up the gradient of a weight to train."""
+    held: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
+    return held
+
+
+def add_gradient(weight: Any) -> None:
+    """Do what DDP does with the gradient of ``weight`` once a backward has made it, but reduce."""
+    # A fused layer has added it already, and leaves a tensor without meaning.
+    if not weight.grad_added_to_main_grad or getattr(weight, "zero_out_wgrad", False):
+        weight.main_grad.add_(weight.grad)
+
+
+def uncapturable(module: nn.Module) -> str | None:
+    """Why forward and backward of ``module`` cannot be replayed as CUDA graphs; None if they
+    can."""
+    learns = any(weight.requires_grad for weight in module.parameters())
+    if learns and not is_ddp(module):
+        return "its gradients are not held by Megatron's DDP"
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if getattr(config, "recompute_granularity", None) is not None:
+            return "it recomputes activations, which sets the state of random numbers"
+        if getattr(config, "fp8", None):
+            return "it scales to fp8 from step to step"
+        rates = [getattr(config, f"{name}_dropout", 0.0) for name in ("hidden", "attention")]
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            rates.append(part.p)
+        if module.training and any(rate for rate in rates):
+            return "it drops out at random"
+    return None

@@ -38,19 +38,35 @@ def loss_per_token(logs: list[Any], collection: Any) -> float:
 class Shared:
     """One MimoModel with its optimizer and a step of data, for all arms that can share them."""
 
-    def __init__(self, case: Case, groups: Any, dtype: torch.dtype, overlap: bool) -> None:
+    def __init__(
+        self,
+        case: Case,
+        groups: Any,
+        dtype: torch.dtype,
+        overlap: bool,
+        *,
+        distributed: bool = True,
+    ) -> None:
         self.case, self.groups = case, groups
-        self.mimo = models.build_mimo(case.sizes, case.layouts, groups, dtype, overlap)
+        options = models.ddp_config(overlap=overlap, distributed=distributed)
+        self.mimo = models.build_mimo(case.sizes, case.layouts, groups, dtype, options)
         self.batches = batches_of(case, dtype)
         self.modules: dict[str, Any] = {
             "images": self.mimo.modality_submodules["images"],
             "language": self.mimo.language_model,
         }
-        self.config = optimizer_config(dtype)
+        self.config = optimizer_config(dtype, distributed=distributed)
         self.optimizer = megatron.mimo_optimizer(self.modules, groups, self.config)
 
     def compile(self, schedule: str) -> colocc.Program:
-        return colocc.compile(self.mimo, self.case.layouts, groups=self.groups, schedule=schedule)
+        schedule, graphs, _ = schedule.partition("+graphs")
+        return colocc.compile(
+            self.mimo,
+            self.case.layouts,
+            groups=self.groups,
+            schedule=schedule,
+            cuda_graphs=bool(graphs),
+        )
 
 
 def batches_of(case: Case, dtype: torch.dtype) -> list[Batch]:
@@ -58,7 +74,7 @@ def batches_of(case: Case, dtype: torch.dtype) -> list[Batch]:
     return models.make_batches(case.sizes, size, case.microbatches, dtype)
 
 
-def optimizer_config(dtype: torch.dtype) -> OptimizerConfig:
+def optimizer_config(dtype: torch.dtype, *, distributed: bool = True) -> OptimizerConfig:
     """Adam that does all its work and moves nothing, so that every step sees the same weights."""
     return OptimizerConfig(
         optimizer="adam",
@@ -67,7 +83,7 @@ def optimizer_config(dtype: torch.dtype) -> OptimizerConfig:
         clip_grad=1.0,
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=distributed,
     )
 
 
@@ -154,7 +170,9 @@ class FirstStage(Arm):
 
     def __init__(self, case: Case, groups: Any, layers: int, dtype: torch.dtype, overlap: bool):
         self.case, self.groups = case, groups["language"]
-        module = models.build_first_stage(case.sizes, self.groups, dtype, layers, overlap)
+        module = models.build_first_stage(
+            case.sizes, self.groups, dtype, layers, models.ddp_config(overlap=overlap)
+        )
         self.modules = [module]
         self.optimizer = get_megatron_optimizer(
             config=optimizer_config(dtype),
@@ -279,14 +297,19 @@ def opened(
     dtype: torch.dtype,
     overlap: bool,
     note: Callable[[str], object],
+    *,
+    distributed: bool = True,
 ) -> Iterator[dict[str, Arm]]:
     """The ``arms`` of one ``family``, built; inside, they share weights, data and groups.
 
-    ``note`` gets the name of each arm before it is built.
+    ``note`` gets the name of each arm before it is built. ``distributed``: the optimizer is, so
+    each rank holds its part of the reduced gradients.
     """
     found: dict[str, Arm] = {}
     with colocc.process_groups(case.layouts) as groups:
-        shared = None if arms[0].startswith("first_stage") else Shared(case, groups, dtype, overlap)
+        shared = None
+        if not arms[0].startswith("first_stage"):
+            shared = Shared(case, groups, dtype, overlap, distributed=distributed)
         try:
             for name in arms:
                 note(name)

@@ -87,7 +87,11 @@ def language_spec(
 
 @quiet()
 def build_mimo(
-    model: Model, layouts: Mapping[str, Layout], groups: Groups, dtype: torch.dtype, overlap: bool
+    model: Model,
+    layouts: Mapping[str, Layout],
+    groups: Groups,
+    dtype: torch.dtype,
+    ddp: DistributedDataParallelConfig,
 ) -> MimoModel:
     """Megatron's MimoModel on this rank, each module in a DDP of its own; at pp1 with the
     communicators that Megatron builds from the grids."""
@@ -127,10 +131,10 @@ def build_mimo(
     fill(mimo.modality_submodules["images"], groups["images"])
     fill(mimo.language_model, groups["language"])
     mimo.modality_submodules["images"] = data_parallel(
-        mimo.modality_submodules["images"], configs["images"], groups["images"], overlap
+        mimo.modality_submodules["images"], configs["images"], groups["images"], ddp
     )
     mimo.language_model = data_parallel(
-        mimo.language_model, configs["language"], groups["language"], overlap
+        mimo.language_model, configs["language"], groups["language"], ddp
     )
     return mimo
 
@@ -186,7 +190,11 @@ def _one_stage(groups: ProcessGroupCollection) -> ProcessGroupCollection:
 
 @quiet()
 def build_first_stage(
-    model: Model, groups: ProcessGroupCollection, dtype: torch.dtype, layers: int, overlap: bool
+    model: Model,
+    groups: ProcessGroupCollection,
+    dtype: torch.dtype,
+    layers: int,
+    ddp: DistributedDataParallelConfig,
 ) -> DistributedDataParallel:
     """FirstStage on this rank with ``layers`` language layers beside the encoder."""
     config = config_of(model.language, groups, dtype, num_layers_in_first_pipeline_stage=layers)
@@ -195,20 +203,26 @@ def build_first_stage(
     if stage.images is not None:
         fill(stage.images, groups, "encoders.vit.")
     fill(stage.language, groups)
-    return data_parallel(stage, config, groups, overlap)
+    return data_parallel(stage, config, groups, ddp)
 
 
 def data_parallel(
     module: torch.nn.Module,
     config: TransformerConfig,
     groups: ProcessGroupCollection,
-    overlap: bool,
+    ddp: DistributedDataParallelConfig,
 ) -> DistributedDataParallel:
-    """The module in Megatron's DDP with the distributed optimizer, gradients summed in fp32."""
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap
+    """The module in Megatron's DDP."""
+    return DistributedDataParallel(config, ddp, module, pg_collection=groups)
+
+
+def ddp_config(*, overlap: bool, distributed: bool = True) -> DistributedDataParallelConfig:
+    """Gradients summed in fp32, for the distributed optimizer or whole on every rank."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=overlap,
     )
-    return DistributedDataParallel(config, ddp_config, module, pg_collection=groups)
 
 
 def fill(module: torch.nn.Module, groups: ProcessGroupCollection, prefix: str = "") -> None:
