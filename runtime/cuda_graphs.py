@@ -115,7 +115,8 @@ class _Weights:
 
     def __post_init__(self) -> None:
         self.parameters = dict(self.module.named_parameters())
-        self.buffers = list(self.module.buffers())
+        # Megatron's DDP has a list by the name of the method.
+        self.buffers = list(nn.Module.buffers(self.module))
 
     def state(self) -> tuple[Any, ...]:
         """What a graph was captured with: addresses, what is trained, the mode."""
