@@ -21,7 +21,7 @@ from colocc.layout import Layout
 from colocc.passes.graph import Graph
 from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
-from colocc.passes.solve.plan import Intervals
+from colocc.passes.solve.boxes import Intervals
 from colocc.runtime.fields import check_kinds, check_masks, check_tokens, is_shared
 from colocc.runtime.guards import check_guards
 from colocc.runtime.holdings import assigner, holding_of, sample_runs, units_in
