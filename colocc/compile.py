@@ -32,7 +32,6 @@ from colocc.runtime.groups import (
     layouts_text,
 )
 from colocc.runtime.parts import check_local
-from colocc.runtime.positions import batch_dims_of
 from colocc.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def compile(
     checks: Check = "every"
     try:
         checks = parse_check(check)
-        dims = {**batch_dims_of(model), **(batch_dims or {})}
+        dims = {**megatron.batch_dims_of(model), **(batch_dims or {})}
         lengths = dict(sequence_dims or {})
         means = dict(reductions or {})
         plain = {name: as_layout(name, layout) for name, layout in layouts.items()}

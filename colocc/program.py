@@ -38,7 +38,6 @@ from colocc.runtime.groups import (
     process_groups,
 )
 from colocc.runtime.intake import Intake, take
-from colocc.runtime.positions import cut_angles
 from colocc.runtime.ragged import RowsPerItem
 from colocc.runtime.redistribution import Redistribution, tensor_dims
 from colocc.runtime.rows import Ids, RowRedistribution, Rows, counted, rows_held
@@ -117,7 +116,7 @@ class Program:
                 True,
             )
         if megatron.is_mimo(self.model):
-            cut_angles(self.model, self.collection(self.graph.sink))
+            megatron.cut_angles(self.model, self.collection(self.graph.sink))
         plans = self.graph.plans
         self._members = tuple(
             dict.fromkeys(group for plan in plans.values() for group in plan.member_lists())

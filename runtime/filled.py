@@ -1,7 +1,7 @@
 """The encoders' work inside the bubbles of the language pipeline.
 
 ``passes.timeline.fill`` gives every stage one list of tasks; the language tasks among them are
-Megatron's 1F1B, the others run between these (runtime/pipeline.py). Embeddings go to the first
+Megatron's 1F1B, the others run between these (megatron/pipeline.py). Embeddings go to the first
 stage portion by portion, and their gradients back, as messages between pairs of ranks.
 
 No order of arrival can deadlock. Every rank runs the tasks of its stage in the order of the

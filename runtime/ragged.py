@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from colocc.errors import LayoutError
 from colocc.passes.shapes import lookup, tensors_of
-from colocc.passes.solve.plan import Intervals
+from colocc.passes.solve.boxes import Intervals
 from colocc.runtime.pairing import rows_each
 from colocc.runtime.parts import Run, by_microbatch, in_order
 from colocc.runtime.rows import Ids, Rows, samples_in, units_of
