@@ -481,6 +481,12 @@ class Program:
         """The trainable modules that feed the sink."""
         return [m for name, m in self.trainable().items() if name != self.graph.sink]
 
+    def replays(self, name: str) -> bool:
+        """Whether the module ``name`` runs as CUDA graphs."""
+        return any(
+            module.name == name and module.reason is None for module in self.captured.values()
+        )
+
     @property
     def encoder_module(self) -> nn.Module:
         """The module that feeds the sink, where it is one, with its wrappers."""

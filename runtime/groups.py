@@ -219,10 +219,16 @@ def _ranks(ranks: list[int]) -> str:
     return f"{name} {', '.join(map(str, ranks))}"
 
 
+def device_of_messages() -> torch.device:
+    """Where a tensor must be for the default group to send it."""
+    if "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def gather_texts(text: str) -> list[str]:
     """The texts of all ranks, as bytes: nothing is unpickled."""
-    cuda = "nccl" in dist.get_backend()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = device_of_messages()
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     world = dist.get_world_size()
     if dist.get_backend() == "fake":

@@ -208,10 +208,18 @@ class Chunks:
         if encoded is None or not self.train:
             return
         with contextlib.ExitStack() as stack:
-            for module in self.program.trainable_encoders() if not last else ():
+            quiet = [
+                module
+                for name, module in self.program.trainable().items()
+                if name != self.program.graph.sink and (not last or self.program.replays(name))
+            ]
+            for module in quiet:
                 stack.enter_context(megatron.no_sync(module))
             stack.enter_context(self.program.noted("encode_backward"))
             encoded.backward()
+        # A replayed backward tells DDP nothing: what it would have started, start here.
+        for module in quiet if last else ():
+            megatron.start_reductions(module)
 
 
 def run_step(

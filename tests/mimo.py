@@ -108,6 +108,7 @@ def config_of(layout: Layout, layers: int, hidden: int, **options: Any) -> Trans
         context_parallel_size=layout.cp,
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
+        bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         hidden_dropout=0.0,
@@ -225,6 +226,7 @@ def build(
     modules = {name: model.modality_submodules[name] for name in names}
     for name, module in (modules | {"language": model.language_model}).items():
         seed_parameters(module, groups[name], seed=seed)
+        module.to(torch.cuda.current_device())
         module.requires_grad_(name not in frozen)
         if not wrap or name in frozen:
             continue
@@ -232,6 +234,7 @@ def build(
             configs[name],
             DistributedDataParallelConfig(
                 use_distributed_optimizer=distributed_optimizer,
+                grad_reduce_in_fp32=configs[name].bf16,
                 overlap_grad_reduce=overlap,
                 overlap_param_gather=gather,
             ),
