@@ -4,6 +4,7 @@ import os
 
 # Before torch starts: without DETAIL, gloo returns wrong numbers where dtypes or shapes differ.
 os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
+os.environ["TORCH_FR_BUFFER_SIZE"] = "1024"  # BUFFER of tests/flight.py
 # But for the tests that torchrun starts, one on each GPU.
 if "LOCAL_RANK" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -145,7 +145,7 @@ def build(
     is_hybrid: bool = False,
     projector: bool = False,
     experts: int | None = None,
-    layers: int = 4,
+    layers: int | None = None,
     wrap: bool = True,
     length: int = LENGTH,
     positions: str = "learned_absolute",
@@ -153,9 +153,11 @@ def build(
 ) -> MimoModel:
     """The model on this rank, seeded alike for every layout; trainable modules in Megatron's DDP.
 
+    The language module has two ``layers``, or one for each of more stages.
     An encoder whose layout has cp computes whole items on each cp rank, as MimoModel feeds it.
     """
     language, pg = layouts["language"], groups["language"]
+    layers = layers or max(2, language.pp)
     per = {"calculate_per_token_loss": per_token}
     configs = {
         name: config_of(replace(layout, cp=1, ep=1), 2, ENCODER_HIDDEN, **per)

@@ -167,7 +167,7 @@ def test_schedules_with_and_without_graphs(
     encoder: tuple[int, int],
     language: tuple[int, int, int],
     schedule: str,
-    cuda_graphs: bool,  # noqa: FBT001
+    cuda_graphs: bool,
 ) -> None:
     pp = language[1]
     if schedule.startswith("lookahead") == (pp > 1) and schedule != "three_phase":

@@ -186,6 +186,7 @@ def check(
 ) -> None:
     """Run the layouts and compare every rank with the oracle; raises AssertionError where they
     differ."""
+    options["layers"] = max(2, layouts["language"].pp)
     work = partial(
         steps_on_rank,
         layouts=layouts,
