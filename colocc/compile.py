@@ -18,11 +18,11 @@ from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.passes.dump import PASSES, page
 from colocc.passes.graph import Graph, Reduction
-from colocc.passes.rows import BatchDim, BatchDims, Rows, dim_of
+from colocc.passes.rows import BatchDim, BatchDims, Items, Rows, RowsPerItem, dim_of
 from colocc.program import Program
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check, parse_check
-from colocc.runtime.filled import portions_of
+from colocc.runtime.filled import check_queues, portions_of
 from colocc.runtime.groups import (
     DEFAULT_TIMEOUT,
     ProcessGroups,
@@ -36,7 +36,6 @@ from colocc.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from colocc.runtime.groups import AnyLayout
-    from colocc.runtime.ragged import RowsPerItem
 
 
 def compile(
@@ -65,12 +64,13 @@ def compile(
     ``example_inputs`` is one global batch (tensors on any device, or meta): with it the page shows
     sizes and bytes; a MimoModel needs none. ``batch_dims`` names the dim that holds the samples
     where it is not 0: a number, ``Rows(dim)`` where a sample has several rows, None where all
-    samples share the input. ``sequence_dims`` names the dim that holds the sequence, of inputs and
+    samples share the input, ``Items(module)`` where dim 0 holds items of which a sample has any
+    number. ``sequence_dims`` names the dim that holds the sequence, of inputs and
     of modules' outputs: layouts with cp or sp then read and make their part of it, instead of all.
     Redistributions between nodes of ``ranks_per_node`` ranks cross with each byte once.
     ``reductions`` overrides how a module's gradients are reduced over its dp axis. ``rows`` gives,
-    of modules of a MimoModel whose items (images, clips) make different numbers of rows, a function
-    from one microbatch's inputs to the rows of each item.
+    of modules whose items (images, clips) make different numbers of rows, a function from one
+    microbatch's inputs to the rows of each item.
 
     ``balance`` deals the samples of such modules, inside a replica of the reader, to the slots that
     encode them: longest first, by their rows; without it they stay in order. ``batches`` is
@@ -112,12 +112,18 @@ def compile(
         check_world(plain, dist.get_world_size() if dist.is_initialized() else None)
         _check_groups(groups, plain)
         _check_options(model, plain, dims, lengths, means, ranks_per_node)
-        options = {"batch_dims": dims, "sequence_dims": lengths, "ranks_per_node": ranks_per_node}
+        options = {
+            "batch_dims": dims,
+            "sequence_dims": lengths,
+            "ranks_per_node": ranks_per_node,
+            "rows": rows,
+        }
         graph = _build(model, plain, example_inputs, means, options)
         _check_rows(graph, rows or {})
         order = Schedule.parse(schedule, (graph.sink, plain[graph.sink]))
         if order.kind == "filled":
             portions_of(graph)
+            check_queues()
         if batches not in ("global", "local"):
             raise LayoutError(f"batches is {batches!r}: write 'global' or 'local'")
         if batches == "local":
@@ -181,6 +187,12 @@ def _build(
     options: Mapping[str, Any],
 ) -> Graph:
     traits = megatron.traits_of(model, example_inputs)
+    for name, dim in options["batch_dims"].items():
+        if isinstance(dim, Items) and (traits.rows or example_inputs is None):
+            why = "a MimoModel has its items in modality_inputs: leave it out"
+            if not traits.rows:
+                why = "items are told from an example: give compile() example_inputs"
+            raise LayoutError(f"batch_dims has {name!r}: {dim!r}; {why}")
     megatron.check_sequence(model, layouts)
     targets = passes.capture_targets(model, layouts, traits)
     reductions = {
@@ -215,11 +227,15 @@ def _check_options(
     for name, dim in batch_dims.items():
         known = name in inputs or takes_more
         place = dim.dim if isinstance(dim, Rows) else dim
+        if isinstance(dim, Items) and known:
+            _check_items(name, dim, layouts)
+            continue
         if not known or (place is not None and (type(place) is not int or place < 0)):
             raise LayoutError(
                 f"batch_dims has {name!r}: {dim!r}; give the name of an input of "
                 f"{type(model).__name__}.forward ({', '.join(inputs)}) and a dim of at least 0, "
-                "Rows(dim) where a sample has several rows, or None where all samples share it"
+                "Rows(dim) where a sample has several rows, Items(module) where it has any number "
+                "of them, or None where all samples share it"
             )
     for name, dim in sequence_dims.items():
         is_input = name in inputs or (takes_more and name not in layouts)
@@ -230,6 +246,11 @@ def _check_options(
                 f"({', '.join(layouts)}), whose output it is, or of an input of "
                 f"{type(model).__name__}.forward ({', '.join(inputs)}){both}, and a dim of at "
                 "least 0"
+            )
+        if isinstance(batch_dims.get(name), Items):
+            raise LayoutError(
+                f"sequence_dims has {name!r}: {dim!r}, and its items are encoded whole. Leave it "
+                "out of sequence_dims."
             )
         if is_input and dim == dim_of(batch_dims, name):
             raise LayoutError(
@@ -246,12 +267,21 @@ def _check_options(
             )
 
 
+def _check_items(name: str, items: Items, layouts: Mapping[str, Layout]) -> None:
+    if items.module not in layouts:
+        raise LayoutError(
+            f"batch_dims has {name!r}: {items!r}; give the name of the module of the layouts "
+            f"({', '.join(layouts)}) that encodes the items"
+        )
+
+
 def _check_rows(graph: Graph, rows: Mapping[str, RowsPerItem]) -> None:
+    known = dict.fromkeys(places.items for places in graph.rows.values())
     for name, function in rows.items():
-        if name not in graph.rows or not callable(function):
+        if name not in known or not callable(function):
             raise LayoutError(
                 f"rows has {name!r}: {function!r}; give the name of a module whose rows belong to "
-                f"placeholders ({', '.join(graph.rows) or 'this model has none'}) and a function"
+                f"placeholders ({', '.join(known) or 'this model has none'}) and a function"
             )
 
 

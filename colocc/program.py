@@ -22,7 +22,7 @@ from colocc.passes.dump import dot, page, ranks
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.merge import Merge
 from colocc.passes.phases import cut
-from colocc.passes.rows import BatchDims
+from colocc.passes.rows import BatchDims, RowsPerItem
 from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check
@@ -38,7 +38,6 @@ from colocc.runtime.groups import (
     process_groups,
 )
 from colocc.runtime.intake import Intake, take
-from colocc.runtime.ragged import RowsPerItem
 from colocc.runtime.redistribution import Redistribution, tensor_dims
 from colocc.runtime.rows import Ids, RowRedistribution, Rows, counted, rows_held
 from colocc.runtime.samples import RowCounts, imbalances, step_samples
@@ -244,7 +243,7 @@ class Program:
         for node in self.cut:
             move = self.redistributions.get(node.name)
             if (plan := node.meta.get("rows")) is not None:
-                rows = batches.ragged.rows[plan.src.module]
+                rows = batches.ragged.moved(node)
                 if isinstance(move, RowRedistribution):
                     move.rows = rows
                 else:
@@ -286,7 +285,7 @@ class Program:
         found = {}
         for node in self.cut:
             if (plan := node.meta.get("rows")) is not None:
-                rows = batches.ragged.rows[plan.src.module]
+                rows = batches.ragged.moved(node)
                 found[node] = rows.by_microbatch(rows_held(plan, plan.dst, rows, self.rank))
         return found
 

@@ -12,12 +12,12 @@ from torch import nn
 from colocc.layout import Layout
 from colocc.passes.capture import capture
 from colocc.passes.capture import find_targets as capture_targets
-from colocc.passes.graph import Graph, Reduction, Traits
+from colocc.passes.graph import Graph, Reduction, Traits, token_places
 from colocc.passes.merge import merge
 from colocc.passes.phases import phases
 from colocc.passes.propagate import propagate
 from colocc.passes.redistribute import redistribute
-from colocc.passes.rows import BatchDims
+from colocc.passes.rows import BatchDims, RowsPerItem
 from colocc.passes.specialize import specialize
 from colocc.passes.verify import verify
 
@@ -39,6 +39,7 @@ def run(
     batch_dims: BatchDims | None = None,
     sequence_dims: Mapping[str, int] | None = None,
     ranks_per_node: int | None = None,
+    rows: Mapping[str, RowsPerItem] | None = None,
     between: Sequence[Between] = (),
 ) -> Graph:
     """Return the graph of all ranks. ``between`` is called with it after each pass, once
@@ -50,11 +51,16 @@ def run(
         redistribute: {"sequence_dims": sequence_dims, "ranks_per_node": ranks_per_node},
     }
     graph = capture(
-        model, layouts, example_inputs=example_inputs, traits=traits, batch_dims=batch_dims
+        model,
+        layouts,
+        example_inputs=example_inputs,
+        traits=traits,
+        batch_dims=batch_dims,
+        rows=rows,
     )
     graph.reductions = dict(reductions)
     if traits is not None:
-        graph.rows, graph.packing = dict(traits.rows), traits.packing
+        graph.rows, graph.packing = token_places(traits.rows), traits.packing
         graph.masks = frozenset(name for names in traits.handed.values() for name in names)
     check(graph, "capture", between)
     for step in PIPELINE:

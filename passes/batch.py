@@ -15,7 +15,7 @@ from torch import fx
 
 from colocc.errors import CaptureError
 from colocc.passes.graph import Graph, Method, first_type
-from colocc.passes.scatter import scatter_guard
+from colocc.passes.scatter import scatter_guard, scattered
 from colocc.passes.sizes import Number
 from colocc.passes.structure import Rebuilt
 from colocc.types import Type
@@ -194,6 +194,8 @@ def _batch(node: Any) -> int | None:
 
 
 def _check(graph: Graph, node: fx.Node) -> None:
+    if scattered(node) is not None and any("items" in n.meta for n in node.all_input_nodes):
+        return
     guard = scatter_guard(graph, node)
     if guard is not None and graph.guards is not None:
         graph.guards.scatters.append(guard)

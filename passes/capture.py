@@ -24,7 +24,7 @@ from colocc.layout import Layout
 from colocc.passes.example import recorded
 from colocc.passes.graph import Graph, Method, Traits
 from colocc.passes.record import active
-from colocc.passes.rows import BatchDims
+from colocc.passes.rows import BatchDims, RowsPerItem
 from colocc.passes.trace import Input, trace, tracer_of
 from colocc.passes.watch import TRACING
 
@@ -70,6 +70,7 @@ def capture(
     example_inputs: Mapping[str, Any] | None = None,
     traits: Traits | None = None,
     batch_dims: BatchDims | None = None,
+    rows: Mapping[str, RowsPerItem] | None = None,
 ) -> Graph:
     """Return the graph of ``model.forward``.
 
@@ -86,7 +87,7 @@ def capture(
             graph.fx = trace(model, targets, traits, _inputs(model, traits))
         else:
             _check_known(model, example_inputs)
-            recorded(graph, model, traits, example_inputs, batch_dims or {})
+            recorded(graph, model, traits, example_inputs, batch_dims or {}, rows or {})
     return graph
 
 

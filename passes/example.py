@@ -16,11 +16,19 @@ from colocc.errors import CaptureError, LayoutError
 from colocc.passes.graph import Graph, Traits
 from colocc.passes.guards import ValueGuard
 from colocc.passes.handed import hand_on
+from colocc.passes.items import one_item_each
 from colocc.passes.prune import prune
 from colocc.passes.record import DATA, LOOKS, Recorder, recording
-from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
+from colocc.passes.rows import (
+    BatchDims,
+    RowsPerItem,
+    dim_of,
+    has_rows,
+    items_of,
+    rows_per_sample,
+)
 from colocc.passes.shapes import batch_size_of, short_dtype
-from colocc.passes.sizes import Sizes, dims_of
+from colocc.passes.sizes import Number, Sizes, dims_of
 from colocc.passes.source import line_of
 from colocc.passes.structure import is_constant, tensors_in
 from colocc.passes.trace import explained
@@ -33,6 +41,7 @@ def recorded(
     traits: Traits,
     example_inputs: Mapping[str, Any],
     batch_dims: BatchDims,
+    rows: Mapping[str, RowsPerItem],
 ) -> None:
     """Fill ``graph`` with the nodes of ``model.forward``, its guards and notes.
 
@@ -40,6 +49,7 @@ def recorded(
     """
     by_sample = {name: value for name, value in example_inputs.items() if name != traits.packing}
     graph.batch_size = batch_size_of(by_sample, batch_dims)
+    example_inputs, graph.items = one_item_each(example_inputs, batch_dims, rows, graph.batch_size)
     recorder = Recorder(model, graph.targets, graph.batch_size, _device_of(model))
     recorder.rules = _rules(graph, traits)
     with contextlib.ExitStack() as stack:
@@ -74,11 +84,30 @@ def recorded(
             node.meta["shapes"] = _shapes(recorder.sizes, node, value)
         if isinstance(value, torch.Tensor):
             node.meta["sizes"] = tuple(recorder.sizes.expr(length) for length in value.shape)
+        found = {recorder.sizes.items_in(tensor.shape) for tensor in tensors_in(value)} - {None}
+        if found:
+            node.meta["items"] = found.pop()
     graph.fx = recorder.graph
     hand_on(graph.fx, graph.targets, traits.handed)
     prune(graph.fx)
+    _check_numbers(graph, recorder)
     graph.guards = recorder.guards
     graph.notes += recorder.notes
+
+
+def _check_numbers(graph: Graph, recorder: Recorder) -> None:
+    """Raise CaptureError for a size that is computed from the number of items where these make
+    different numbers of rows: the example's are all alike."""
+    for node in graph.fx.nodes:
+        if not isinstance(node.target, Number):
+            continue
+        for name, symbol in recorder.sizes.items.items():
+            if graph.items[name].stated and symbol in node.target.expr.free_symbols:
+                raise recorder.refused(
+                    f"a size is computed from the number of items of {name}, which make different "
+                    "numbers of rows",
+                    f"at {node.meta['line']}",
+                )
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -182,6 +211,11 @@ def _fake(
     recorder: Recorder, path: tuple[str, ...], value: torch.Tensor, batch_dims: BatchDims
 ) -> torch.Tensor:
     dim, rows = dim_of(batch_dims, path[0]), has_rows(batch_dims, path[0])
+    items = items_of(batch_dims, path[0])
+    if items is not None:
+        count = recorder.sizes.hints[recorder.sizes.batch]
+        shape = recorder.sizes.shape_of_items(path, value, items, count)
+        return torch.empty(shape, dtype=value.dtype, device=recorder.device)
     if dim is not None and value.dim() <= dim:
         dim = None
     if dim is not None and rows:

@@ -7,10 +7,13 @@ line      the user's source line that made the node, "mimo.py:31 self.vision(...
 shapes    (dtype, dims, batch dim) of each tensor that it makes; None where nothing is known
 module    the name in ``layouts`` on whose layout the node runs            (from propagate on)
 types     the types of its tensors, a pytree shaped like its value         (from propagate on)
+items     of a value whose dim holds items, not samples: the module that Items names
+                                                                     (of recorded graphs)
 phase     "encode" or "language"                                          (from phases on)
 stage     "first", "last" or "all": the pipeline stages that run the node  (from phases on)
 rows      of a value made of rows, samples having different numbers of them:
           the plan whose reader holds them as the node does        (from redistribute on)
+entries   of such a value that is made of items: what an entry of its dim 0 is
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from colocc.passes.solve.plan import Plan
 from colocc.types import Type
 
 if TYPE_CHECKING:
+    import sympy
+
     from colocc.passes.guards import Guards
 
 Reduction = Literal["mean", "sum"]
@@ -63,6 +68,67 @@ class Glue:
     module: str
     returns: Callable[[Mapping[str, Any], Layout], Any] | None = None
     stage: Literal["first", "all"] = "first"
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Which inputs hold the items of a module that makes rows, and where these rows belong.
+
+    ``inputs`` is the path of a mapping in the batch (() is the batch itself), ``names`` are those
+    of its parts that hold items, None: all. ``items`` is what ``compile(rows=)`` calls the module.
+    The places are where ``input_ids`` is ``token``, or where ``mask``, made of inputs, is true.
+    ``each`` is how many rows an item makes, as far as sizes tell it; ``stated`` where the user's
+    function does. ``template`` is one item of the example.
+    """
+
+    items: str
+    inputs: tuple[str, ...]
+    names: tuple[str, ...] | None = None
+    token: int | None = None
+    mask: torch.fx.Node | None = None
+    each: sympy.Expr | None = None
+    stated: bool = False
+    template: Any = None
+
+    def given(self, batch: Mapping[str, Any]) -> Any:
+        """The inputs that hold the items of ``batch``; None where there are none."""
+        found: Any = batch
+        for key in self.inputs:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if self.names is None:
+            return found
+        return {name: found[name] for name in self.names if found.get(name) is not None} or None
+
+    @property
+    def read(self) -> set[tuple[str, ...]]:
+        """The inputs that tell the places: every rank has them whole."""
+        if self.mask is None:
+            return {("input_ids",)}
+        return {node.meta["path"] for node in made_from(self.mask) if node.op == "placeholder"}
+
+
+def token_places(tokens: Mapping[str, int]) -> dict[str, Places]:
+    """The places of modules of a MimoModel, by name, from their placeholders in ``input_ids``."""
+    return {n: Places(n, ("modality_inputs", n), token=token) for n, token in tokens.items()}
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What an entry of a value made of items is: ``size`` of them are one item's, or, with
+    ``by_row``, one row's."""
+
+    size: sympy.Expr
+    by_row: bool
+
+
+def made_from(node: torch.fx.Node) -> set[torch.fx.Node]:
+    """``node`` and all nodes that its value is made from."""
+    found, todo = set[torch.fx.Node](), [node]
+    while todo:
+        if (last := todo.pop()) not in found:
+            found.add(last)
+            todo += last.all_input_nodes
+    return found
 
 
 @dataclass(frozen=True)
@@ -114,8 +180,9 @@ class Graph:
     ``targets`` maps the names in ``layouts`` to submodule paths; ``sink`` is the name of the module
     that every other one feeds (the language model). ``plans`` are by node name.
     ``reductions`` says how each module's gradients are reduced over its dp axis. ``sequence_dims``
-    are the dims of modules' outputs and of inputs that hold the sequence. ``rows`` gives the
-    placeholder's id of modules that make rows. ``guards`` is what the graph of an example takes for
+    are the dims of modules' outputs and of inputs that hold the sequence. ``rows`` says of modules
+    that make rows where these belong; ``items`` what holds the items that a recorded model makes
+    them of, by the name that the user gives. ``guards`` is what the graph of an example takes for
     granted. ``homes`` are the modules that run as part of the sink. ``masks`` are inputs that all
     samples may share, with 1 in their batch dim; ``packing`` is the input with the borders of
     packed sequences.
@@ -131,7 +198,8 @@ class Graph:
     notes: list[str] = field(default_factory=list)
     batch_size: int | None = None
     sequence_dims: dict[str, int] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, Places] = field(default_factory=dict)
+    items: dict[str, Places] = field(default_factory=dict)
     guards: Guards | None = None
     homes: dict[str, str] = field(default_factory=dict)
     masks: frozenset[str] = frozenset()

@@ -83,10 +83,13 @@ class ScatterGuard:
 
 @dataclass
 class Guards:
-    """All guards of one graph. ``origins`` says where each size stands in a batch."""
+    """All guards of one graph. ``origins`` says where each size stands in a batch, ``hints`` what
+    it is in the example; ``items`` are the numbers of items, by the name of their module."""
 
     batch: sympy.Symbol
     origins: Mapping[sympy.Symbol, Origin]
+    hints: Mapping[sympy.Symbol, int] = field(default_factory=dict)
+    items: Mapping[str, sympy.Symbol] = field(default_factory=dict)
     sizes: list[SizeGuard] = field(default_factory=list)
     values: list[ValueGuard] = field(default_factory=list)
     modes: list[ModeGuard] = field(default_factory=list)

@@ -86,6 +86,12 @@ class Nodes:
                 if dims_of(self.sizes, tensor.shape) is not None:
                     continue
                 counts = self.sizes.twice()
+                items = self.sizes.items_in(tensor.shape)
+                if items is not None:
+                    raise self.refused(
+                        f"a result holds items of {items} in two dims, or beside samples: "
+                        f"{[self.sizes.shown(self.sizes.expr(n)) for n in tensor.shape]}"
+                    )
                 small, large = ([self.sizes.at(n, samples=m) for n in tensor.shape] for m in counts)
             raise CaptureError(
                 f"{node.meta['line'] or node.name}: the result is {small} for {counts[0]} samples "

@@ -1,4 +1,4 @@
-"""Values that a forward takes apart sample by sample and joins again.
+"""Values that a forward takes apart sample by sample, or item by item, and joins again.
 
 ``list(features)`` and ``torch.split(features, counts)`` make one tensor per sample. How many that
 is differs from rank to rank, so the pieces are no values of a graph. Joined again in their order
@@ -99,18 +99,19 @@ def _split(recorder: Recorder, args: Any, kwargs: Any) -> Any:
 
 
 def _apart(recorder: Recorder, whole: torch.Tensor, kind: Any, dim: int, count: int | None) -> Any:
-    """The pieces of a value along the dim that holds its samples."""
+    """The pieces of a value along the dim that holds its samples, or items."""
     sizes = recorder.sizes
     dim %= whole.dim()
     length = sizes.expr(whole.shape[dim])
-    if sizes.batch not in length.free_symbols:
+    growing = sizes.growing(length)
+    if not growing:
         return NotImplemented
     count = count or sizes.at(whole.shape[dim])
     shape: list[Any] = list(whole.shape)
     if kind == "unbind":
         del shape[dim]
     else:
-        shape[dim] = sizes.symbolic(sympy.cancel(length / sizes.batch))
+        shape[dim] = sizes.symbolic(sympy.cancel(length / growing[0]))
     with recorder.inside():
         made = [torch.empty(shape, dtype=whole.dtype, device=whole.device) for _ in range(count)]
     return tuple(
@@ -152,8 +153,9 @@ def _item(recorder: Recorder, args: Any, kwargs: Any) -> Any:
 def _len(recorder: Recorder, args: Any, kwargs: Any) -> Any:
     (value,) = args
     sizes = recorder.sizes
-    if value.dim() and sizes.batch in sizes.expr(value.shape[0]).free_symbols:
-        raise NoPlainNumber(str(recorder.refused_count(sizes.at(value.shape[0]))))
+    growing = sizes.growing(sizes.expr(value.shape[0])) if value.dim() else []
+    if growing:
+        raise NoPlainNumber(str(recorder.refused_count(growing[0], sizes.at(value.shape[0]))))
     return NotImplemented
 
 

@@ -18,6 +18,7 @@ from torch import fx
 from colocc.errors import CaptureError
 from colocc.passes.batch import check_glue
 from colocc.passes.graph import Graph, Method, Traits
+from colocc.passes.items import place_items
 from colocc.passes.prune import prune
 from colocc.passes.shapes import infer_types
 from colocc.passes.structure import Rebuilt
@@ -45,6 +46,7 @@ def propagate(
         _check_examples(graph)
     infer_types(graph)
     if known:
+        place_items(graph)
         check_glue(graph)
     return graph
 

@@ -94,7 +94,9 @@ class Recorder(Nodes, TorchFunctionMode):
         Nodes.__init__(self, model, Sizes(batch_size, self.branched), device)
         TorchFunctionMode.__init__(self)
         self.targets = targets
-        self.guards = Guards(self.sizes.batch, self.sizes.origins)
+        self.guards = Guards(
+            self.sizes.batch, self.sizes.origins, self.sizes.hints, self.sizes.items
+        )
         self.rules: dict[Any, Rule] = {}
         self.notes: list[str] = []
         self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self.sizes.environment)
@@ -125,10 +127,11 @@ class Recorder(Nodes, TorchFunctionMode):
                 value = func(*args, **kwargs)
         except DATA as error:
             raise self.refused(LOOKS) from error
-        if self.sizes.specialised():
-            count = self.sizes.hints[self.sizes.batch]
+        fixed = self.sizes.specialised()
+        if fixed is not None:
             raise self.refused(
-                f"{_name(func)} fixes the number of samples to the example's {count}"
+                f"{_name(func)} fixes the number of {self._things(fixed)} to the example's "
+                f"{self.sizes.hints[fixed]}"
             )
         return value
 
@@ -206,6 +209,10 @@ class Recorder(Nodes, TorchFunctionMode):
             with self.mode:
                 value = _symbolic(self.sizes, found, learns)
         for symbol in found.fixed:
+            if self.sizes.growing(symbol):
+                raise self.refused(
+                    f"{name} takes no other number of {self._things(symbol)} than the example's"
+                )
             self._guard_fixed(symbol, name)
         self.node(op, target, *operands, value, name)
         return value
@@ -275,19 +282,37 @@ class Recorder(Nodes, TorchFunctionMode):
         is_condition = answer in (True, False) and isinstance(
             answer, (bool, sympy.logic.boolalg.BooleanAtom)
         )
-        if not is_condition and self.sizes.batch in expr.free_symbols:
-            raise self.refused_count(answer)
+        growing = self.sizes.growing(expr)
+        if not is_condition and growing:
+            raise self.refused_count(growing[0], answer)
         condition = (
             (expr if answer else sympy.Not(expr)) if is_condition else sympy.Eq(expr, answer)
         )
-        if all(guard.condition != condition for guard in self.guards.sizes):
+        if any(symbol != self.sizes.batch for symbol in growing):
+            self._check_any_number(condition)
+        elif all(guard.condition != condition for guard in self.guards.sizes):
             self.guards.sizes.append(SizeGuard(condition, self.sizes.shown(condition), line_here()))
 
-    def refused_count(self, count: Any) -> CaptureError:
+    def _check_any_number(self, condition: sympy.Basic) -> None:
+        """Raise CaptureError for a branch that takes another side for other numbers of items: they
+        differ from rank to rank. An encoder is never called without any."""
+        items = set(self.sizes.items.values()) & condition.free_symbols
+        more = {s: 1 + sympy.Symbol(f"more_{s}", integer=True, nonnegative=True) for s in items}
+        if sympy.simplify(condition.xreplace(more)) != sympy.true:
+            raise self.refused(
+                f"a branch asks whether {self.sizes.shown(condition)}, and each rank sees another "
+                "number of items"
+            )
+
+    def _things(self, symbol: sympy.Symbol) -> str:
+        """What ``symbol`` counts."""
+        return "samples" if symbol == self.sizes.batch else self.sizes.names[symbol]
+
+    def refused_count(self, symbol: sympy.Symbol, count: Any) -> CaptureError:
         """What to say of code that takes the number of samples for a plain number."""
         return self.refused(
-            f"the number of samples, {count} in the example, is used as a plain number, and each "
-            "rank sees only some of them"
+            f"the number of {self._things(symbol)}, {count} in the example, is used as a plain "
+            "number, and each rank sees only some of them"
         )
 
     def looked_at_training(self, module: nn.Module, training: bool) -> None:

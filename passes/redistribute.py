@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from colocc.errors import LayoutError
 from colocc.passes.graph import Graph, first_type
+from colocc.passes.items import entries
 from colocc.passes.sequences import sequences
 from colocc.passes.solve.solver import check_pair, solve
 from colocc.sequence import axes_of
@@ -86,6 +87,8 @@ def _bridge(graph: Graph, node: fx.Node, module: str, ranks_per_node: int | None
         value=value if isinstance(value, Type) else None,
         ranks_per_node=None if rows else ranks_per_node,
     )
+    if "items" in node.meta and (rows or plan.moves):
+        node.meta["entries"] = entries(graph, node, module)
     if rows:
         node.meta["rows"] = plan
     if not plan.moves:
@@ -101,8 +104,11 @@ def _bridge(graph: Graph, node: fx.Node, module: str, ranks_per_node: int | None
         call = graph.fx.create_node("call_module", PREFIX + name, (node,), {}, name=name)
     types = value.on(module, dst, plan.dst.stages)
     call.meta = {"module": module, "types": types, "line": node.meta["line"], "inserted": True}
-    if rows:
-        call.meta["rows"] = node.meta.pop("rows")
+    for name in ("rows", "entries"):
+        if name in node.meta:
+            call.meta[name] = node.meta.pop(name)
+    if "items" in node.meta:
+        call.meta["items"] = node.meta["items"]
     graph.plans[call.name] = plan
     for user in users:
         user.replace_input_with(node, call)
@@ -112,7 +118,8 @@ def dims_of(graph: Graph, node: fx.Node, reader: str) -> tuple[str, ...]:
     """The dims of a value that its module and the module ``reader`` may cut: the sequence only
     where it is known and one of them does."""
     source = node.meta["module"]
-    if source in graph.rows and reader == graph.sink:
+    made = source in graph.rows and ("items" in node.meta or graph.rows[source].token is not None)
+    if made and reader == graph.sink:
         return ROWS if graph.layouts[source].sp else PLACED
     found = node.meta["types"]
     known = isinstance(found, Type) and found.sequence is not None

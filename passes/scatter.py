@@ -23,21 +23,30 @@ SAME_PLACES = frozenset(["expand_as", "to", "bool", "contiguous", "clone"])
 def scatter_guard(graph: Graph, node: fx.Node) -> ScatterGuard | None:
     """The guard under which the scatter ``node`` keeps samples apart; None if nothing shows that
     it does."""
-    found = _operands(node)
+    found = scattered(node)
     if found is None or graph.guards is None:
         return None
     whole, mask, rows = found
-    types = [first_type(n.meta.get("types")) for n in (whole, mask, rows)]
-    if any(t is None or t.open or t.batch != 0 for t in types):
-        return None
-    while mask.op == "call_method" and mask.target in SAME_PLACES and _is_bool(mask.args[0]):
-        mask = mask.args[0]  # type: ignore[assignment]
-    if not _from_inputs(mask) or "sizes" not in mask.meta:
-        return None
     elements = [sympy.prod(n.meta["sizes"]) for n in (whole, mask, rows)]
     per_sample = sympy.cancel(elements[2] / graph.guards.batch)
     per_place = sympy.cancel(elements[0] / elements[1])
     return ScatterGuard(mask, per_place, per_sample, node.name, node.meta["line"])
+
+
+def scattered(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """The value that the scatter ``node`` writes to, its mask, made of inputs alone, and the rows,
+    in dim 0 of each samples or items; None if it is no such scatter."""
+    found = _operands(node)
+    if found is None:
+        return None
+    whole, mask, rows = found
+    types = [first_type(n.meta.get("types")) for n in found]
+    if any(t is None or t.open or t.batch != 0 for t in types):
+        return None
+    while mask.op == "call_method" and mask.target in SAME_PLACES and _is_bool(mask.args[0]):
+        mask = mask.args[0]  # type: ignore[assignment]
+    known = all("sizes" in n.meta for n in (whole, mask, rows))
+    return (whole, mask, rows) if known and _from_inputs(mask) else None
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

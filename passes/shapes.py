@@ -14,7 +14,7 @@ from torch import nn
 from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.passes.graph import Graph
-from colocc.passes.rows import BatchDims, dim_of, has_rows
+from colocc.passes.rows import BatchDims, dim_of, has_rows, items_of
 from colocc.types import DTYPES, UNKNOWN, Dim, Type
 
 TORCH_DTYPES = {short: getattr(torch, name) for name, short in DTYPES.items()}
@@ -35,7 +35,9 @@ def batch_size_of(example_inputs: Mapping[str, Any], batch_dims: BatchDims) -> i
     sizes: dict[str, int] = {}
     for path, value in tensors_of(example_inputs):
         dim = dim_of(batch_dims, path[0])
-        if dim is not None and value.dim() > dim and not has_rows(batch_dims, path[0]):
+        if has_rows(batch_dims, path[0]) or items_of(batch_dims, path[0]) is not None:
+            continue
+        if dim is not None and value.dim() > dim:
             sizes[".".join(path)] = value.shape[dim]
     if not sizes:
         raise LayoutError("example_inputs holds no tensor with a batch dim")

@@ -54,6 +54,8 @@ class Sizes:
         self.hints: dict[sympy.Symbol, int] = {}
         self.names: dict[sympy.Symbol, str] = {}
         self.origins: dict[sympy.Symbol, Origin] = {}
+        self.items: dict[str, sympy.Symbol] = {}
+        self._items: dict[str, Any] = {}
         self._shared: dict[int, Any] = {}
         self._fixed: dict[sympy.Symbol, sympy.Integer] = {}
         self.samples = self._symbol("samples", batch_size)
@@ -70,16 +72,23 @@ class Sizes:
         return self.environment.create_symintnode(made, hint=hint)
 
     def shape(
-        self, path: tuple[str, ...], value: torch.Tensor, batch_dim: int | None, *, rows: bool
+        self,
+        path: tuple[str, ...],
+        value: torch.Tensor,
+        batch_dim: int | None,
+        *,
+        rows: bool,
+        start: int = 0,
     ) -> list[Any]:
         """The symbolic shape of an input; lengths of 0 and 1 stay numbers.
 
         Lengths that are equal share a symbol among inputs by token: integers, and floats of at most
         two dims (a loss mask). ``rows`` is whether the batch dim holds several rows of each sample.
+        ``value`` has its dims from ``start`` on.
         """
         by_token = not rows and (not value.is_floating_point() or value.dim() <= 2)
         dims: list[Any] = []
-        for index, length in enumerate(value.shape):
+        for index, length in enumerate(value.shape, start):
             if index == batch_dim and rows:
                 count = length // self.hints[self.batch]
                 dims.append(self.samples * self._length(Origin(path, index, True), count))
@@ -91,6 +100,31 @@ class Sizes:
             else:
                 dims.append(self._length(Origin(path, index), length, shared=by_token))
         return dims
+
+    def shape_of_items(
+        self, path: tuple[str, ...], value: torch.Tensor, module: str, count: int
+    ) -> list[Any]:
+        """The symbolic shape of an input that holds ``count`` items of ``module`` in dim 0."""
+        if module not in self._items:
+            self._items[module] = self._symbol(f"items of {module}", count)
+            self.items[module] = self._items[module].node.expr
+        if value.dim() == 0:
+            return []
+        number, each = self._items[module], value.shape[0] // count
+        if each == 1 or self.items[module] not in self.origins:
+            self.origins[self.items[module]] = Origin(path, 0)
+        rest = self.shape(path, value[0], None, rows=True, start=1)
+        return [number if each == 1 else number * each, *rest]
+
+    def growing(self, expr: sympy.Basic) -> list[sympy.Symbol]:
+        """The numbers of samples and of items in ``expr``."""
+        counts = {self.batch, *self.items.values()}
+        return sorted(expr.free_symbols & counts, key=str)
+
+    def items_in(self, shape: Any) -> str | None:
+        """The module whose items a tensor of this shape holds."""
+        found = {s for length in shape for s in self.growing(self.expr(length))}
+        return next((name for name, symbol in self.items.items() if symbol in found), None)
 
     def _length(self, origin: Origin, length: int, *, shared: bool = False) -> Any:
         if shared and length in self._shared:
@@ -135,9 +169,10 @@ class Sizes:
         """From now on ``symbol`` is the example's number."""
         self._fixed[symbol] = sympy.Integer(self.hints[symbol])
 
-    def specialised(self) -> bool:
-        """Whether something fixed the number of samples to the example's."""
-        return self.batch in self.environment.replacements
+    def specialised(self) -> sympy.Symbol | None:
+        """The number of samples, or of items, that something fixed to the example's."""
+        fixed = self.environment.replacements
+        return next((s for s in (self.batch, *self.items.values()) if s in fixed), None)
 
     def shown(self, expr: sympy.Basic) -> str:
         """``expr`` with the names that a user knows."""
@@ -150,24 +185,24 @@ def evaluated(expr: sympy.Basic, values: Mapping[sympy.Symbol, int]) -> Any:
 
 
 def dims_of(sizes: Sizes, shape: Any) -> tuple[tuple[Dim, ...], int | None] | None:
-    """The dims of a global shape, and which one holds the samples; None if that is not one dim that
-    grows with them."""
+    """The dims of a global shape, and which one holds the samples, or items; None if that is not
+    one dim that grows with them."""
     dims: list[Dim] = []
     found: int | None = None
-    count = sizes.hints[sizes.batch]
     for index, length in enumerate(shape):
         expr = sizes.expr(length)
         if not expr.free_symbols <= set(sizes.hints):
             dims.append(Dim(1, 0))  # as many as the data says
             continue
-        if sizes.batch not in expr.free_symbols:
+        growing = sizes.growing(expr)
+        if not growing:
             dims.append(Dim(1, int(evaluated(expr, sizes.hints))))
             continue
-        rows = sympy.cancel(expr / sizes.batch)
-        if found is not None or sizes.batch in rows.free_symbols:
+        rows = sympy.cancel(expr / growing[0])
+        if found is not None or sizes.growing(rows):
             return None
         found = index
-        dims.append(Dim(count, int(evaluated(rows, sizes.hints)), ("dp",)))
+        dims.append(Dim(sizes.hints[growing[0]], int(evaluated(rows, sizes.hints)), ("dp",)))
     return tuple(dims), found
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.passes.graph import Graph
-from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
+from colocc.passes.rows import BatchDims, RowsPerItem, dim_of, has_rows, items_of, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.boxes import Intervals
 from colocc.runtime.fields import check_kinds, check_masks, check_tokens, is_shared
@@ -27,7 +27,7 @@ from colocc.runtime.guards import check_guards
 from colocc.runtime.holdings import assigner, holding_of, sample_runs, units_in
 from colocc.runtime.megatron.packing import packings
 from colocc.runtime.parts import Parts, Run, size_of_step, whole_inputs
-from colocc.runtime.ragged import Learned, Ragged, RowsPerItem
+from colocc.runtime.ragged import Learned, Ragged
 from colocc.sequence import axes_of, check_length, cuts, part_of
 
 
@@ -77,6 +77,7 @@ class Batches:
             packed=self.packings is not None,
             assign={n: assigner(graph, n) for n in modules} if balance else None,
             own=None if local is None else {name: self.units(name) for name in modules},
+            sizes=[sizes_of(graph, batch, self.size) for batch in microbatches],
         )
 
     @property
@@ -112,7 +113,7 @@ class Batches:
         """The samples ``runs`` of an encoder's input; if not given, those that this rank encodes of
         the whole step."""
         module = node.meta["module"]
-        if module in self.graph.rows:
+        if holds_items(self.graph, node):
             path = node.meta["path"]
             if runs is not None:
                 return self.ragged.input_of_runs(module, runs, path)
@@ -157,10 +158,13 @@ class Batches:
     def sink_input(self, node: fx.Node, microbatch: int) -> Any:
         """The samples of one microbatch that this rank's replica of the sink reads."""
         name = node.meta["path"][0]
+        replica = int(self.sink.coordinates("dp")[self.rank])
+        if holds_items(self.graph, node):
+            path = node.meta["path"]
+            return self.ragged.reader_input(node.meta["items"], microbatch, replica, path)
         if self.packings is None:
             return self.cut(node, microbatch, *self._replica())
         if name == self.graph.packing:
-            replica = int(self.sink.coordinates("dp")[self.rank])
             return self.packings[microbatch].of_replica(replica)
         dim = dim_of(self.batch_dims, name)
         value = self.cut(node, microbatch, *self._replica())
@@ -194,6 +198,17 @@ class Batches:
         return pytree.tree_map(narrow, lookup(self.microbatches[microbatch], path))
 
 
+def holds_items(graph: Graph, node: fx.Node) -> bool:
+    """Whether an input holds items, of which a sample has any number."""
+    places = graph.rows.get(node.meta["module"])
+    return "items" in node.meta or (places is not None and places.token is not None)
+
+
+def sizes_of(graph: Graph, batch: Mapping[str, Any], samples: int) -> Mapping[Any, int]:
+    """The sizes of a recorded graph that ``batch`` has."""
+    return {} if graph.guards is None else graph.guards.known(batch, samples)
+
+
 def cut_sequence(value: torch.Tensor, dim: int, layout: Layout, rank: int) -> torch.Tensor:
     """The part of the sequence in dim ``dim`` that ``rank`` holds: a view where it is one run."""
     if not axes_of(layout):
@@ -220,6 +235,8 @@ def check_batches(
     paths = {node.meta["path"] for node in graph.placeholders()}
     for index, batch in enumerate(microbatches):
         for name, value in batch.items():
+            if items_of(batch_dims, str(name)) is not None:
+                continue
             items = [module for module in graph.rows if (name, module) in paths]
             if items and isinstance(value, Mapping):
                 value = {key: part for key, part in value.items() if key not in items}
@@ -248,6 +265,8 @@ def check_inputs(
     whole = whole or graph
     paths = {node.meta["path"] for node in graph.placeholders()}
     known = {node.meta["path"] for node in whole.placeholders()}
+    items = {name for places in whole.items.values() for name in places.names or ()}
+    stated = {(n,) for p in whole.items.values() if p.stated for n in p.names or ()}
     constants = {guard.path for guard in whole.guards.values} if whole.guards is not None else set()
     for index, batch in enumerate(microbatches):
         if not isinstance(batch, Mapping):
@@ -256,13 +275,13 @@ def check_inputs(
                 f"{graph.name}.forward"
             )
         for path in sorted(paths):
-            if lookup(batch, path) is None and path[0] not in optional:
+            if lookup(batch, path) is None and path[0] not in optional | items:
                 have = ", ".join(map(str, batch))
                 raise LayoutError(
                     f"microbatch {index} lacks the input {'.'.join(path)}, which "
                     f"{graph.name}.forward reads; it has {have}"
                 )
-        _check_known(graph, index, batch, known | constants)
+        _check_known(graph, index, batch, known | constants | stated)
 
 
 def _check_rows(index: int, batch: Mapping[str, Any], batch_dims: BatchDims, samples: int) -> None:
@@ -348,7 +367,8 @@ def check_sequences(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> 
                     what = f"{'.'.join(name)} of microbatch {index}"
                     check_length(what, tensor.shape[dim], graph.layouts[node.meta["module"]])
     sink = graph.layouts[graph.sink]
-    for index, batch in enumerate(microbatches if graph.rows else ()):
+    places = any(place.token is not None for place in graph.rows.values())
+    for index, batch in enumerate(microbatches if places else ()):
         what = f"input_ids of microbatch {index}, read by {graph.sink} ({sink}),"
         check_length(what, batch["input_ids"].shape[1], sink)
 

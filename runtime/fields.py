@@ -34,7 +34,8 @@ def check_kinds(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None
     for path, module in sorted(placeholders.items()):
         if path == (graph.packing,):
             continue
-        options = PLAIN if module in graph.rows or (graph.guards is None and path[1:]) else ()
+        nested = module in graph.rows or path[1:]
+        options = PLAIN if graph.guards is None and nested else ()
         kept: dict[tuple[str, ...], Any] = {}
         for index, batch in enumerate(microbatches):
             for where, value in _leaves(lookup(batch, path), path):
@@ -107,7 +108,8 @@ def check_masks(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None
 
 def check_tokens(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None:
     """Raise LayoutError unless input_ids, in which the placeholders of rows stand, is [b, s]."""
-    for index, batch in enumerate(microbatches if graph.rows else ()):
+    tokens = any(places.token is not None for places in graph.rows.values())
+    for index, batch in enumerate(microbatches if tokens else ()):
         ids = batch.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
             found = (

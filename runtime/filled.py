@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 # What another portion costs, as a share of the step: each has kernels of its own to launch.
 PORTION_COST = 0.02
+# The fewest hardware queues for the streams of a step.
+QUEUES = 16
 
 
 def portions_of(graph: Graph) -> Portions:
@@ -54,6 +57,25 @@ def portions_of(graph: Graph) -> Portions:
         )
     sink = (graph.sink, graph.layouts[graph.sink])
     return Portions((encoders[0], graph.layouts[encoders[0]]), sink)
+
+
+def check_queues() -> None:
+    """Raises: LayoutError if work that waits for a message may hold up work that does not.
+
+    CUDA deals streams to so many hardware queues, and what shares one runs in order. Here are four
+    streams of messages, two of computing, and those of the modules' own groups.
+    """
+    given = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    if not Bubbles.needs_care() or (
+        given is not None and given.isdecimal() and int(given) >= QUEUES
+    ):
+        return
+    found = "not set, which means 8" if given is None else f"set to {given!r}"
+    raise LayoutError(
+        f"schedule 'filled' runs on a dozen streams that must not wait for each other, and "
+        f"CUDA_DEVICE_MAX_CONNECTIONS is {found}: set it to {2 * QUEUES} before the program starts, "
+        "or write schedule='three_phase'."
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import fx
 from colocc.errors import LayoutError
 from colocc.passes.rows import dim_of
 from colocc.passes.shapes import tensors_of
-from colocc.runtime.data import Batches
+from colocc.runtime.data import Batches, holds_items
 
 Sample = Callable[[int, int], int]
 """The sample of entry i of n entries of a tensor."""
@@ -58,7 +58,10 @@ def _read(batches: Batches, node: fx.Node) -> Iterator[Read]:
     """What this rank reads of an input: its name, microbatch, tensor, the dim of the samples (None
     where all share it) and whose each entry is."""
     path, module = node.meta["path"], node.meta["module"]
-    if module in batches.graph.rows:
+    if holds_items(batches.graph, node):
+        # Of items that the reader reads by itself, their encoder sees all.
+        if module == batches.graph.sink:
+            return
         for index, first, last, value in batches.ragged.held(module, *batches.units(module), path):
             ends = np.cumsum(batches.ragged.items_per_sample(module, index))
             of = _item_owner(batches.ragged.rows_per_item(module, index)[first:last], ends, first)

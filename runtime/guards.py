@@ -40,7 +40,7 @@ def _miscounted(
     if not scatter.rows.free_symbols <= set(known):
         return None
     wanted = evaluated(scatter.rows, known)
-    mask = _value(scatter.mask, batch)
+    mask = value_of(scatter.mask, batch)
     places = mask.reshape(samples, -1).sum(dim=1)
     wrong = (places != wanted).nonzero()
     if not wrong.numel():
@@ -54,7 +54,7 @@ def _miscounted(
     )
 
 
-def _value(node: fx.Node, batch: Mapping[str, Any]) -> torch.Tensor:
+def value_of(node: fx.Node, batch: Mapping[str, Any]) -> torch.Tensor:
     """The value of glue that is made of inputs alone, for the whole batch."""
     values: dict[fx.Node, Any] = {}
     todo = [node]

@@ -10,12 +10,12 @@ from typing import Any
 
 from colocc.errors import LayoutError
 from colocc.passes.graph import Graph
-from colocc.passes.rows import BatchDims
+from colocc.passes.rows import BatchDims, RowsPerItem
 from colocc.runtime.agreement import Agreement, Check
 from colocc.runtime.data import Batches, fingerprint, outline
 from colocc.runtime.fields import plain
 from colocc.runtime.finite import check_finite
-from colocc.runtime.ragged import Learned, RowsPerItem
+from colocc.runtime.ragged import Learned
 from colocc.runtime.schedule import Schedule
 
 
@@ -62,7 +62,8 @@ class Intake:
         self.batch_dims, self.optional, self.rows_per_item = batch_dims, optional, rows_per_item
         self.check, self.balance, self.local = check, balance, local
         self.agreement = Agreement(timeout)
-        self.learned = Learned()
+        templates = {name: places.template for name, places in graph.rows.items()}
+        self.learned = Learned({n: item for n, item in templates.items() if item is not None})
         self._compared = False
 
     def prepare(self, microbatches: list[Mapping[str, Any]], *, encodes: bool = True) -> Batches:

@@ -15,18 +15,20 @@ from colocc.errors import LayoutError
 from colocc.runtime.rows import Ids
 
 
-def rows_each(name: str, counts: Sequence[Ids], numbers: Sequence[int], known: int | None) -> int:
+def rows_each(
+    name: str, counts: Sequence[Ids], numbers: Sequence[int], known: int | None, inputs: str
+) -> int:
     """The rows of each item of module ``name``; 0 where there are no items.
 
     ``counts`` are the placeholders of each sample, ``numbers`` the items, by microbatch; ``known``
-    is what an item of this shape made in an earlier step.
+    is what an item of this shape makes. ``inputs`` is what the user calls what holds the items.
     Raises: LayoutError for placeholders and items that do not match.
     """
     total, items = sum(int(count.sum()) for count in counts), sum(numbers)
     if items == 0 and total == 0:
         return 0
     if items == 0 or total == 0:
-        raise _unpaired(name, counts, numbers)
+        raise _unpaired(name, counts, numbers, inputs)
     each = known or (total // items if total % items == 0 else _usual(counts))
     for index, (count, number) in enumerate(zip(counts, numbers, strict=True)):
         odd = np.flatnonzero(count % each)
@@ -64,7 +66,7 @@ def _wrong(name: str, index: int, count: Ids, number: int, odd: Ids) -> str:
     )
 
 
-def _unpaired(name: str, counts: Sequence[Ids], numbers: Sequence[int]) -> LayoutError:
+def _unpaired(name: str, counts: Sequence[Ids], numbers: Sequence[int], inputs: str) -> LayoutError:
     if sum(numbers):
         index = next(i for i, number in enumerate(numbers) if number)
         return LayoutError(
@@ -76,6 +78,6 @@ def _unpaired(name: str, counts: Sequence[Ids], numbers: Sequence[int]) -> Layou
     sample = int(np.flatnonzero(counts[index])[0])
     return LayoutError(
         f"{name}: sample {sample} of microbatch {index} has {counts[index][sample]} placeholders "
-        f"in input_ids, and the step has no items. Give modality_inputs[{name!r}], or leave the "
-        "placeholders out."
+        f"in input_ids, and the step has no items. Give {inputs}, or leave the placeholders "
+        "out."
     )

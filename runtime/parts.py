@@ -18,12 +18,12 @@ from colocc.errors import LayoutError
 from colocc.passes.graph import Graph
 from colocc.passes.rows import BatchDims, dim_of, has_rows, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
+from colocc.passes.solve.slots import slots_of
 from colocc.runtime.fields import is_shared
 from colocc.runtime.rows import Ids
 
 Run = tuple[int, int, int]
 """Neighbouring samples of one microbatch: (microbatch, start, stop)."""
-WHOLE = ("input_ids",)
 
 
 def check_local(graph: Graph, schedule: str, check: str) -> None:
@@ -39,6 +39,8 @@ def check_local(graph: Graph, schedule: str, check: str) -> None:
     elif graph.guards is not None and graph.guards.scatters:
         guard = graph.guards.scatters[0]
         reason = f"the guard of {guard.name} ({guard.line}) counts the places of all samples"
+    else:
+        reason = _items_of_others(graph)
     for node in graph.fx.nodes:
         plan = node.meta.get("rows")
         if plan is not None and "row" in plan.dims:
@@ -51,9 +53,36 @@ def check_local(graph: Graph, schedule: str, check: str) -> None:
         raise LayoutError(f"{reason}: local parts do not tell it. Write batches='global'.")
 
 
+def _items_of_others(graph: Graph) -> str | None:
+    """Why the items of a recorded model's local parts would not do; None if they would."""
+    sink = (graph.sink, graph.layouts[graph.sink])
+    for name, places in graph.rows.items():
+        if places.token is not None:
+            continue
+        layouts = {n: graph.layouts[n] for n, p in graph.rows.items() if p.items == places.items}
+        slots = {n: slots_of(layout, sink[1]) for n, layout in layouts.items()}
+        other = next((n for n in slots if slots[n] != slots[name]), None)
+        if other is not None:
+            return (
+                f"{name} ({layouts[name]}) and {other} ({layouts[other]}) encode the same inputs "
+                "for different samples"
+            )
+        reads = [n for n in graph.placeholders() if n.meta.get("items") == places.items]
+        late = next((node for node in reads if node.meta["module"] == graph.sink), None)
+        if late is not None:
+            return f"{graph.sink} reads {late.name}, of other samples than {name} encodes"
+        deep = next((path for path in sorted(places.read) if len(path) > 1), None)
+        if deep is not None:
+            return f"{'.'.join(deep)} tells where rows belong, and is inside another input"
+        crossing = [n.meta["entries"].size for n in graph.fx.nodes if "entries" in n.meta]
+        if any(size.free_symbols for size in [places.each, *crossing] if size is not None):
+            return f"how many rows an item of {name} makes depends on the sizes of the inputs"
+    return None
+
+
 def whole_inputs(graph: Graph) -> set[tuple[str, ...]]:
-    """The inputs that every rank has whole."""
-    return {WHOLE} if graph.rows else set()
+    """The inputs that every rank has whole: they tell where all rows belong."""
+    return {path for places in graph.rows.values() for path in places.read}
 
 
 def size_of_step(
@@ -72,11 +101,13 @@ def size_of_step(
                 "all samples, which batches='local' does not tell. Write batches='global'."
             )
     if graph.rows:
-        ids = [lookup(batch, WHOLE) for batch in microbatches]
+        path = min(path for path in whole_inputs(graph) if dim_of(batch_dims, path[0]) == 0)
+        ids = [lookup(batch, path) for batch in microbatches]
         sizes = [len(i) if isinstance(i, torch.Tensor) and i.dim() == 2 else None for i in ids]
         if None in sizes or len(set(sizes)) > 1:
+            name = ".".join(path)
             raise LayoutError(
-                f"the microbatches have {sizes} samples in input_ids: give the input_ids of all "
+                f"the microbatches have {sizes} samples in {name}: give the {name} of all "
                 "samples of each on every rank, [samples, tokens], equally many in each"
             )
         return int(sizes[0] or 0)

@@ -1,9 +1,10 @@
 """Which images a sample has, which rows they make, and the encoder inputs of this rank's samples.
 
 An encoder's input holds items (images, clips), some number of them for each sample; each makes
-rows, one for each of its placeholders in ``input_ids``. The placeholders say how many rows a sample
-has. How many items these are follows if all items make equally many rows, or from ``rows``: a
-function of one microbatch's encoder inputs that returns the rows of each item.
+rows, one for each of its placeholders (places in ``input_ids``, or true ones of a mask that a
+recorded model makes). The placeholders say how many rows a sample has. How many items these are
+follows if all items make equally many rows, or from ``rows``: a function of one microbatch's
+encoder inputs that returns the rows of each item.
 
 All of this is host arithmetic on the global batch: every rank finds the same, and the same errors.
 """
@@ -11,24 +12,28 @@ All of this is host arithmetic on the global batch: every rank finds the same, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import sympy
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from colocc.errors import LayoutError
+from colocc.passes.graph import Entries, Places
+from colocc.passes.items import check_entries, entries_of_items, rows_stated, size_at
+from colocc.passes.rows import RowsPerItem
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.boxes import Intervals
+from colocc.runtime.guards import value_of
 from colocc.runtime.pairing import rows_each
 from colocc.runtime.parts import Run, by_microbatch, in_order
 from colocc.runtime.rows import Ids, Rows, samples_in, units_of
 
-RowsPerItem = Callable[[Any], "torch.Tensor | Sequence[int]"]
 Assign = Callable[[Ids], Ids]
 """From the rows of each sample, in the reader's order, to the unit of each."""
-INPUTS = "modality_inputs"
 
 
 def on_host(ids: Sequence[torch.Tensor]) -> list[np.ndarray]:
@@ -42,6 +47,28 @@ def on_host(ids: Sequence[torch.Tensor]) -> list[np.ndarray]:
     if any(t.is_cuda for t in ids):
         torch.cuda.current_stream().synchronize()
     return [copy.numpy() for copy in copies]
+
+
+def masks_of(
+    places: Mapping[str, Places], microbatches: Sequence[Mapping[str, Any]]
+) -> dict[str, list[np.ndarray]]:
+    """Of each module, the placeholders in each microbatch: [samples, tokens]."""
+    wanted: dict[Any, list[torch.Tensor]] = {}
+    for place in places.values():
+        if place.mask not in wanted:
+            wanted[place.mask] = [
+                batch["input_ids"] if place.mask is None else value_of(place.mask, batch)
+                for batch in microbatches
+            ]
+    arrays = iter(on_host([tensor for found in wanted.values() for tensor in found]))
+    hosts = {mask: [next(arrays) for _ in found] for mask, found in wanted.items()}
+    return {
+        name: [
+            found == place.token if place.mask is None else found.reshape(len(found), -1)
+            for found in hosts[place.mask]
+        ]
+        for name, place in places.items()
+    }
 
 
 @dataclass
@@ -65,7 +92,7 @@ class Ragged:
     def __init__(
         self,
         microbatches: Sequence[Mapping[str, Any]],
-        tokens: Mapping[str, int],
+        places: Mapping[str, Places],
         *,
         replicas: int,
         rows_per_item: Mapping[str, RowsPerItem] | None = None,
@@ -73,31 +100,34 @@ class Ragged:
         packed: bool = False,
         assign: Mapping[str, Assign] | None = None,
         own: Mapping[str, tuple[Intervals, int]] | None = None,
+        sizes: Sequence[Mapping[Any, int]] | None = None,
     ) -> None:
-        """``tokens`` is the placeholder of each module; ``replicas`` the reader's dp. ``learned``
-        is from the steps before, and learns from this one. Where sequences are ``packed``, a
-        replica reads the samples of a microbatch joined: so positions count. ``assign`` chooses
-        the units of a module's samples. ``own`` is given where the inputs hold only the items of
-        this rank: the units that it encodes, and how many a step has.
+        """``places`` are those of each module; ``replicas`` the reader's dp. ``learned`` is from
+        the steps before, and learns from this one. Where sequences are ``packed``, a replica reads
+        the samples of a microbatch joined: so positions count. ``assign`` chooses the units of a
+        module's samples. ``own`` is given where the inputs hold only the items of this rank: the
+        units that it encodes, and how many a step has. ``sizes`` are those that the microbatches of
+        a recorded model have.
 
         Raises: LayoutError for items and placeholders that do not match, with the first sample.
         """
-        ids = on_host([batch["input_ids"] for batch in microbatches]) if tokens else []
         given = rows_per_item or {}
         self.learned = Learned() if learned is None else learned
+        self.sizes = [{} for _ in microbatches] if sizes is None else sizes
+        masks = masks_of(places, microbatches)
         self.modules = {
             name: _Module(
-                name,
+                place,
                 microbatches,
-                ids,
-                token,
+                masks[name],
                 replicas,
-                given.get(name),
+                given.get(place.items),
                 self.learned,
                 assign=(assign or {}).get(name),
                 own=(own or {}).get(name),
+                sizes=self.sizes,
             )
-            for name, token in tokens.items()
+            for name, place in places.items()
         }
         for module in self.modules.values() if packed else ():
             module.rows = module.rows.joined()
@@ -110,18 +140,50 @@ class Ragged:
     def rows(self) -> dict[str, Rows]:
         return {name: module.rows for name, module in self.modules.items()}
 
+    def moved(self, node: fx.Node) -> Rows:
+        """The rows of a value that crosses to the reader, entry by entry of its dim 0."""
+        module = self.modules[node.meta["rows"].src.module]
+        made_of = node.meta.get("entries")
+        return module.rows if made_of is None else module.entries(made_of)
+
     def encoder_input(self, name: str, units: Intervals, count: int, path: tuple[str, ...]) -> Any:
         """The part of an input of module ``name`` that holds the items of ``units``, of ``count``
         in a step.
 
-        Where there are none, one item of the step, or of one before it: encoders need not take an
-        empty batch, and yet run the collectives of their peers; its rows count for nothing. None
-        where no step has had an item.
+        Where there are none, one item of the step, or of one before it, or of the example: encoders
+        need not take an empty batch, and yet run the collectives of their peers; its rows count for
+        nothing. None where there has been no item.
         """
         parts = [part for *_, part in self.held(name, units, count, path)]
-        if not parts:
-            return lookup({INPUTS: self.learned.templates}, path)
-        return _join(parts)
+        return _join(parts) if parts else self._spare(name, path)
+
+    def reader_input(self, name: str, microbatch: int, replica: int, path: tuple[str, ...]) -> Any:
+        """The part of an input of module ``name`` that holds the items of the samples that a
+        ``replica`` of the reader has in a microbatch; none of them where it has none."""
+        module = self.modules[name]
+        size = module.rows.samples // (module.rows.replicas * module.rows.microbatches)
+        first = (replica * module.rows.microbatches + microbatch) * size
+        parts = [part for *_, part in module.cut(np.arange(first, first + size), path)]
+        if parts:
+            return _join(parts)
+        return _narrow(self._spare(name, path), lambda leaf: leaf[:0])
+
+    def _spare(self, name: str, path: tuple[str, ...]) -> Any:
+        """One item of module ``name`` that counts for nothing."""
+        module = self.modules[name]
+        template = self.learned.templates.get(name)
+        if template is None and module.places.mask is not None:
+            raise LayoutError(
+                f"{name} has seen no item: this step has none, and compile() was given an example "
+                "without data. Give it example_inputs with data, or a first step with an item."
+            )
+        if template is None:
+            return None
+        found = lookup(template, path[len(module.places.inputs) :])
+        if template is not module.places.template:
+            return found
+        device = lookup(module.microbatches[0], min(module.places.read)).device
+        return _narrow(found, lambda leaf: leaf.to(device))
 
     def held(
         self, name: str, units: Intervals, count: int, path: tuple[str, ...]
@@ -171,25 +233,25 @@ class _Module:
 
     def __init__(
         self,
-        name: str,
+        places: Places,
         microbatches: Sequence[Mapping[str, Any]],
-        ids: Sequence[np.ndarray],
-        token: int,
+        masks: Sequence[np.ndarray],
         replicas: int,
         rows_per_item: RowsPerItem | None,
         learned: Learned,
         *,
         assign: Assign | None = None,
         own: tuple[Intervals, int] | None = None,
+        sizes: Sequence[Mapping[Any, int]],
     ) -> None:
-        self.name, self.microbatches, self.replicas = name, microbatches, replicas
-        self.learned = learned
-        masks = [found == token for found in ids]
+        self.name, self.microbatches, self.replicas = places.items, microbatches, replicas
+        self.places, self.learned, self.sizes = places, learned, sizes
+        self.each = 0
         self.counts = [mask.sum(axis=1) for mask in masks]
         self.unit = None if assign is None else assign(in_order(self.counts, replicas))
         if own is not None:
             self.counts = self._encoded(*own)
-        self.inputs = [lookup(batch, (INPUTS, name)) for batch in microbatches]
+        self.inputs = [self._given(index) for index in range(len(microbatches))]
         if rows_per_item is None:
             self.items = self._alike()
         else:
@@ -208,11 +270,22 @@ class _Module:
 
     # ------------------------------------------------------------ items
 
+    def _given(self, index: int) -> Any:
+        """The inputs of a microbatch that hold its items; None where there are none."""
+        found = self.places.given(self.microbatches[index])
+        missing = [n for n in self.places.names or () if found is not None and n not in found]
+        if missing:
+            raise LayoutError(
+                f"microbatch {index} has {', '.join(found)} and lacks {', '.join(missing)}, which "
+                f"holds the same items of {self.name}. Give both, or neither where there are none."
+            )
+        return found
+
     def _number(self, index: int) -> int:
         """The items of a microbatch: dim 0 of its inputs."""
         sizes = {
             ".".join(path): tensor.shape[0]
-            for path, tensor in tensors_of(self.inputs[index], (INPUTS, self.name))
+            for path, tensor in tensors_of(self.inputs[index], self.places.inputs)
             if tensor.dim()
         }
         if len(set(sizes.values())) > 1:
@@ -231,7 +304,10 @@ class _Module:
         """The items of every microbatch where all of them make equally many rows."""
         numbers = [self._number(index) for index in range(len(self.microbatches))]
         shape = self._shape(numbers)
-        each = rows_each(self.name, self.counts, numbers, self.learned.each.get(shape))
+        known = self._size_of(self.places.each) or self.learned.each.get(shape)
+        called = ", ".join(self.places.names or (f"modality_inputs[{self.name!r}]",))
+        each = rows_each(self.name, self.counts, numbers, known, called)
+        self.each = each or known or 0
         if each:
             self.learned.each[shape] = each
         return [
@@ -245,11 +321,15 @@ class _Module:
         found = tensors_of(self.inputs[index], (self.name,))
         return (self.name, *((path, tuple(tensor.shape[1:])) for path, tensor in found))
 
+    def _size_of(self, expr: sympy.Expr | None) -> int | None:
+        """``expr`` at the sizes of the first microbatch with items, if it depends on any."""
+        index = next((i for i, given in enumerate(self.inputs) if given is not None), None)
+        return None if expr is None else size_at(expr, {} if index is None else self.sizes[index])
+
     def _stated(self, index: int, rows_per_item: RowsPerItem) -> _Items:
         """The items of one microbatch, with the rows that the user's function says."""
-        given, count = self.inputs[index], self.counts[index]
-        said = [] if given is None else rows_per_item(given)
-        rows = np.asarray(torch.as_tensor(said).cpu(), dtype=np.int64).ravel()
+        count = self.counts[index]
+        rows = rows_stated(self.name, self.inputs[index], rows_per_item)
         ends, borders = np.cumsum(rows), np.cumsum(count)
         stops = np.searchsorted(ends, borders, side="right")
         reached = np.concatenate([[0], ends])[stops]
@@ -289,12 +369,25 @@ class _Module:
             self.unit,
         )
 
+    def entries(self, made_of: Entries) -> Rows:
+        """The rows, where an entry of a value is not one row."""
+        size, counts, items = self._size_of(made_of.size), self.rows.counts, self.rows.items
+        if size is None:  # Nothing was given that has such a size.
+            size = 0
+        if made_of.by_row:
+            counts, items = counts * size, items * size
+        else:
+            counts, items = counts // max(1, self.each) * size, np.full_like(items, size)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        # No layout cuts positions here: an entry need not have one.
+        return replace(self.rows, starts=starts, position=np.zeros(starts[-1]), items=items)
+
     # ------------------------------------------------------------ inputs
 
     def template(self) -> Any:
         """This module's inputs of one item; None where no microbatch has any."""
         index = next((i for i, found in enumerate(self.items) if len(found.rows)), None)
-        return None if index is None else self._items_of(index, 0, 1, (INPUTS, self.name))
+        return None if index is None else self._cut(index, 0, 1, self.inputs[index])
 
     def cut(self, samples: Ids, path: tuple[str, ...]) -> list[tuple[int, int, int, Any]]:
         """The items of ``samples``, in runs of neighbours within a microbatch: (microbatch, first,
@@ -319,30 +412,24 @@ class _Module:
         ]
 
     def _items_of(self, index: int, first: int, last: int, path: tuple[str, ...]) -> Any:
-        found = self.items[index]
-        before = np.concatenate([[0], np.cumsum(found.rows)])
+        return self._cut(index, first, last, lookup(self.microbatches[index], path))
+
+    def _cut(self, index: int, first: int, last: int, value: Any) -> Any:
+        """The items ``first`` to ``last`` of a microbatch's input."""
+        rows = self.items[index].rows
 
         def narrow(leaf: torch.Tensor) -> torch.Tensor:
-            if leaf.shape[0] == len(found.rows):
-                return leaf.narrow(0, first, last - first)
-            per_row = leaf.shape[0] // int(before[-1])
-            start, stop = int(before[first]) * per_row, int(before[last]) * per_row
+            start, stop = entries_of_items(leaf.shape[0], rows, first, last)
             return leaf.narrow(0, start, stop - start)
 
-        return _narrow(lookup(self.microbatches[index], path), narrow)
+        return _narrow(value, narrow)
 
     def _check_inputs(self, index: int, rows: Ids) -> None:
         """Raise LayoutError for a tensor that has entries neither for each item nor for each
         row."""
-        total = int(rows.sum())
-        for path, tensor in tensors_of(self.inputs[index], (INPUTS, self.name)):
-            size = tensor.shape[0] if tensor.dim() else len(rows)
-            if size != len(rows) and (total == 0 or size % total):
-                raise LayoutError(
-                    f"{'.'.join(path)} of microbatch {index} has {size} entries in dim 0: neither "
-                    f"one for each of the {len(rows)} items nor equally many for each of their "
-                    f"{total} rows"
-                )
+        found = tensors_of(self.inputs[index], self.places.inputs)
+        tensors = [(".".join(path), tensor) for path, tensor in found]
+        check_entries(self.name, f"microbatch {index}", tensors, rows)
 
 
 def _narrow(value: Any, cut: Callable[[torch.Tensor], torch.Tensor]) -> Any:

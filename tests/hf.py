@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,6 +97,27 @@ def llava_batch(seed: int = 0, size: int = 8, length: int = LENGTH) -> dict[str,
     }
 
 
+def placed(seed: int, rows: Sequence[int], length: int = LENGTH) -> Tensor:
+    """Token ids with so many placeholders in each sample, among text."""
+    ids = tokens(seed, len(rows), 0, length)
+    for sample, count in enumerate(rows):
+        start = sample % (length - count + 1)
+        ids[sample, start : start + count] = PLACE
+    return ids
+
+
+def ragged_llava_batch(seed: int, images: Sequence[int]) -> dict[str, Any]:
+    """A batch whose samples have so many images; without pixels where none has any."""
+    ids = placed(seed, [4 * count for count in images])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids.roll(1, 1),
+    }
+    pixels = {"pixel_values": random(seed, sum(images), 3, 8, 8)}
+    return batch | pixels if sum(images) else batch
+
+
 class TwoEyes(nn.Module):
     """Two vision encoders, each with a layout of its own, whose features stand side by side in each
     image token; a projector; Llama; the loss inside, as Hugging Face does it."""
@@ -187,6 +209,18 @@ def qwen_vl_batch(seed: int = 0, size: int = 8) -> dict[str, Any]:
         "position_ids": positions,
         "labels": ids.roll(1, 1),
     }
+
+
+def ragged_qwen_vl_batch(seed: int, grids: Sequence[Sequence[tuple[int, int]]]) -> dict[str, Any]:
+    """A batch whose samples have images of these grids of patches, 4 patches a token."""
+    ids = placed(seed, [sum(h * w // 4 for h, w in images) for images in grids])
+    flat = [(1, h, w) for images in grids for h, w in images]
+    batch = qwen_vl_batch(seed, len(grids)) | {"input_ids": ids, "labels": ids.roll(1, 1)}
+    pixels = random(seed, sum(h * w for _, h, w in flat), 12)
+    if not flat:
+        del batch["pixel_values"], batch["image_grid_thw"]
+        return batch
+    return batch | {"pixel_values": pixels, "image_grid_thw": torch.tensor(flat)}
 
 
 def voxtral() -> nn.Module:

@@ -13,7 +13,7 @@ from colocc.errors import CaptureError, VerifyError
 from colocc.layout import Layout
 from colocc.passes.capture import capture
 from colocc.passes.dump import page
-from colocc.passes.graph import Glue, Graph, Merging, Traits
+from colocc.passes.graph import Glue, Graph, Merging, Traits, token_places
 from colocc.passes.merge import Merge, merge
 from colocc.passes.propagate import propagate
 from colocc.passes.verify import verify
@@ -67,7 +67,7 @@ class Model(nn.Module):
 def merged(layouts: dict[str, Layout], **options: Any) -> Graph:
     model = Model(**options)
     graph = propagate(capture(model, layouts, traits=TRAITS), traits=TRAITS)
-    graph.rows = dict(TRAITS.rows)
+    graph.rows = token_places(TRAITS.rows)
     return merge(graph, traits=TRAITS)
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from colocc.errors import LayoutError
 from colocc.layout import Layout
-from colocc.passes.graph import Graph
+from colocc.passes.graph import Graph, token_places
 from colocc.runtime.fields import check_kinds, check_masks, check_tokens, plain
 
 IDS = torch.zeros(4, 6, dtype=torch.int64)
@@ -31,7 +31,7 @@ def graph(language: Layout | None = None) -> Graph:
         layouts,
         {},
         sink="language",
-        rows={"images": 9},
+        rows=token_places({"images": 9}),
         masks=frozenset(["attention_mask"]),
         packing="packing_kwargs",
     )

@@ -10,7 +10,7 @@ from colocc.runtime.pairing import rows_each
 
 
 def each(counts: list[list[int]], numbers: list[int], known: int | None = None) -> int:
-    return rows_each("images", [np.array(count) for count in counts], numbers, known)
+    return rows_each("images", [np.array(count) for count in counts], numbers, known, "pixels")
 
 
 def test_what_matches() -> None:

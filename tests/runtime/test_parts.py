@@ -14,7 +14,7 @@ import torch
 
 import colocc
 from colocc import Layout, LayoutError, Loader, Sampler, Wanted
-from colocc.passes.graph import Graph
+from colocc.passes.graph import Graph, token_places
 from colocc.passes.solve.solver import solve
 from colocc.runtime import cpu
 from colocc.runtime.parts import by_microbatch, check_local, in_order, size_of_step
@@ -165,7 +165,8 @@ def test_the_reader_s_order_is_by_replica_then_microbatch() -> None:
 
 def test_layouts_whose_parts_do_not_tell_enough_are_refused() -> None:
     layouts = {"images": Layout(tp=2, dp=4, sp=True), "language": Layout(tp=4, dp=2)}
-    graph = Graph(torch.fx.Graph(), "model", layouts, {}, sink="language", rows={"images": 9})
+    rows = token_places({"images": 9})
+    graph = Graph(torch.fx.Graph(), "model", layouts, {}, sink="language", rows=rows)
     check_local(graph, "three_phase", "every")
     with pytest.raises(LayoutError, match=r"schedule 'filled' .* Write batches='global'"):
         check_local(graph, "filled", "every")

@@ -12,13 +12,14 @@ import torch
 
 import colocc
 from colocc import Layout, LayoutError
+from colocc.passes.graph import token_places
 from colocc.runtime import cpu
 from colocc.runtime.ragged import Learned, Ragged
 from colocc.testing import Run, compare, float64, observed, oracle, relative_l2, watch_input
 from tests import mimo, ragged
 from tests.harness import ProcessPool
 
-TOKENS = {"images": ragged.TOKEN}
+PLACES = token_places({"images": ragged.TOKEN})
 PATH = ("modality_inputs", "images")
 
 WHOLE = ((0, 1),)
@@ -165,7 +166,7 @@ def encoded(found: Ragged, units: tuple[tuple[int, int], ...], count: int) -> li
 def test_rows_are_in_the_order_of_replicas_then_microbatches() -> None:
     one, two = placed([0, 3, 6, 0], [3, 0, 0, 3])
     step = [with_items(one, [10, 11, 12]), with_items(two, [20, 21])]
-    found = Ragged(step, TOKENS, replicas=2)
+    found = Ragged(step, PLACES, replicas=2)
     rows = found.rows["images"]
     assert rows.counts.tolist() == [0, 3, 3, 0, 6, 0, 0, 3]
     assert rows.items.tolist() == [3] * 5
@@ -180,11 +181,11 @@ def test_a_slot_without_items_gets_one_of_the_step_or_of_one_before() -> None:
     learned = Learned()
     given: Any = {"replicas": 1, "learned": learned}
     text = [{**one, "modality_inputs": None}]
-    assert Ragged(text, TOKENS, **given).encoder_input("images", WHOLE, 1, PATH) is None
-    mixed = Ragged([one, with_items(two, [20, 21])], TOKENS, **given)
+    assert Ragged(text, PLACES, **given).encoder_input("images", WHOLE, 1, PATH) is None
+    mixed = Ragged([one, with_items(two, [20, 21])], PLACES, **given)
     assert encoded(mixed, ((0, 1),), 2) == [20]
     assert encoded(mixed, ((1, 2),), 2) == [20, 21]
-    assert encoded(Ragged(text, TOKENS, **given), WHOLE, 1) == [20]
+    assert encoded(Ragged(text, PLACES, **given), WHOLE, 1) == [20]
 
 
 def test_items_of_different_sizes_are_stated() -> None:
@@ -197,7 +198,7 @@ def test_items_of_different_sizes_are_stated() -> None:
         found: torch.Tensor = inputs["vit"]["sizes"]
         return found
 
-    found = Ragged([batch], TOKENS, replicas=1, rows_per_item={"images": rows})
+    found = Ragged([batch], PLACES, replicas=1, rows_per_item={"images": rows})
     assert found.rows["images"].items.tolist() == [2, 3, 4]
     first, last = (
         found.encoder_input("images", units, 2, PATH)["vit"] for units in (((0, 1),), ((1, 2),))
@@ -210,7 +211,7 @@ def test_items_of_different_sizes_are_stated() -> None:
 
 def refused(step: list[dict[str, Any]], **options: Any) -> str:
     with pytest.raises(LayoutError) as info:
-        Ragged(step, TOKENS, replicas=1, **options)
+        Ragged(step, PLACES, replicas=1, **options)
     return str(info.value)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from colocc.errors import LayoutError
 from colocc.layout import Layout
-from colocc.passes.graph import Graph
+from colocc.passes.graph import Graph, token_places
 from colocc.runtime.data import Batches
 from colocc.runtime.samples import deals, imbalances, step_samples
 
@@ -22,7 +22,8 @@ ROWS = [[12, 6, 0, 3, 3, 3, 3, 3], [9, 0, 3, 3, 3, 3, 3, 3]]
 
 def graph_of(layouts: dict[str, Layout]) -> Graph:
     """What a MimoModel leaves of itself here: its inputs and its placeholder."""
-    graph = Graph(torch.fx.Graph(), "model", layouts, {}, sink="language", rows={"images": TOKEN})
+    rows = token_places({"images": TOKEN})
+    graph = Graph(torch.fx.Graph(), "model", layouts, {}, sink="language", rows=rows)
     for path in (("input_ids",), ("modality_inputs", "images")):
         node = graph.fx.placeholder(path[-1])
         node.meta |= {"path": path, "module": "language" if len(path) == 1 else "images"}
