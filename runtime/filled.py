@@ -66,15 +66,14 @@ def check_queues() -> None:
     streams of messages, two of computing, and those of the modules' own groups.
     """
     given = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
-    if not Bubbles.needs_care() or (
-        given is not None and given.isdecimal() and int(given) >= QUEUES
-    ):
+    enough = given is not None and given.isdecimal() and int(given) >= QUEUES
+    if enough or not dist.is_initialized() or not Bubbles.needs_care():
         return
     found = "not set, which means 8" if given is None else f"set to {given!r}"
     raise LayoutError(
-        f"schedule 'filled' runs on a dozen streams that must not wait for each other, and "
-        f"CUDA_DEVICE_MAX_CONNECTIONS is {found}: set it to {2 * QUEUES} before the program starts, "
-        "or write schedule='three_phase'."
+        "schedule 'filled' runs on a dozen streams that must not wait for each other, and "
+        f"CUDA_DEVICE_MAX_CONNECTIONS is {found}: set it to {2 * QUEUES} before the program "
+        "starts, or write schedule='three_phase'."
     )
 
 
