@@ -46,6 +46,9 @@ FEWER = {
     ],
     2: [((1, 2), (2, 1, 1)), ((2, 1), (1, 1, 2)), ((1, 2), (1, 2, 1)), ((2, 1), (1, 2, 1))],
 }
+# Here the ranks are pytest's own processes, where Megatron and torch warn of what they please.
+pytestmark = pytest.mark.filterwarnings("default")
+
 WORLD = int(os.environ.get("WORLD_SIZE", "8"))
 HERE = TUPLES if WORLD == 8 else FEWER.get(WORLD, [])
 # Half a percent of rounding in each of a few dozen matrix products; what a factor of two, a swapped
