@@ -14,7 +14,7 @@ from colocc.runtime import megatron
 from colocc.runtime.data import Batches
 from colocc.runtime.schedule import Chunks, Encoded, Schedule
 from examples.benchmark import model as models
-from examples.benchmark.cases import Case
+from examples.benchmark.cases import Case, family
 
 Batch = dict[str, Any]
 
@@ -220,11 +220,13 @@ def _scheduled(case: Case, stage: Any, forward_step: Any, groups: Any, batches: 
 class _Part(Arm):
     """One module alone, with its own optimizer."""
 
-    def __init__(self, shared: Shared, name: str, at_once: int | None) -> None:
+    def __init__(
+        self, shared: Shared, name: str, at_once: int | None, schedule: str = "three_phase"
+    ) -> None:
         self.shared, self.name = shared, name
         self.modules = [shared.modules[name]]
         self.optimizer = shared.optimizer.module_infos[name].optimizer
-        self.program = shared.compile("three_phase")
+        self.program = shared.compile(schedule)
         chunks = Schedule("lookahead", at_once).chunks(shared.case.microbatches)
         self.chunks = [self._batches(chunk) for chunk in chunks]
 
@@ -274,8 +276,8 @@ class LanguageOnly(_Part):
 class EncoderOnly(_Part):
     """Encoder and redistribution, forward and backward, from gradients of one."""
 
-    def __init__(self, shared: Shared, at_once: int | None) -> None:
-        super().__init__(shared, "images", at_once)
+    def __init__(self, shared: Shared, at_once: int | None, *, graphs: bool) -> None:
+        super().__init__(shared, "images", at_once, "three_phase" + "+graphs" * graphs)
 
     def forward_backward(self) -> list[Any]:
         chunks = Chunks(self.program, self.chunks, train=True)
@@ -306,9 +308,11 @@ def opened(
     each rank holds its part of the reduced gradients.
     """
     found: dict[str, Arm] = {}
+    kind = family(arms[0])
+    case = case.homogeneous() if kind == "homogeneous" else case
     with colocc.process_groups(case.layouts) as groups:
         shared = None
-        if not arms[0].startswith("first_stage"):
+        if kind != "first_stage":
             shared = Shared(case, groups, dtype, overlap, distributed=distributed)
         try:
             for name in arms:
@@ -322,11 +326,6 @@ def opened(
                 shared.mimo.destroy()
 
 
-def family(arm: str) -> str:
-    """Arms of one family share a model; two families may not fit on a GPU at once."""
-    return arm if arm.startswith("first_stage") else "shared"
-
-
 def _build(
     name: str, case: Case, groups: Any, shared: Shared | None, dtype: torch.dtype, overlap: bool
 ) -> Arm:
@@ -337,6 +336,11 @@ def _build(
         return Megatron(shared)
     if kind == "language_only":
         return LanguageOnly(shared)
-    if kind == "encoder_only":
-        return EncoderOnly(shared, int(number) if number else None)
+    if kind == "homogeneous":
+        return Colocc(shared, number or "three_phase")
+    if kind.removesuffix("+graphs") == "encoder_only":
+        at_once, _, _ = number.partition("+")
+        return EncoderOnly(
+            shared, int(at_once) if at_once else None, graphs=name.endswith("+graphs")
+        )
     return Colocc(shared, name)

@@ -47,14 +47,21 @@ class Encoder(MegatronModule):
 
 
 def config_of(
-    tower: Tower, groups: ProcessGroupCollection, dtype: torch.dtype, **options: Any
+    tower: Tower,
+    groups: ProcessGroupCollection,
+    dtype: torch.dtype,
+    *,
+    whole: bool = False,
+    **options: Any,
 ) -> TransformerConfig:
+    """``whole``: each cp rank computes whole sequences, as MimoModel has encoders do."""
     return TransformerConfig(
         num_layers=tower.layers,
         hidden_size=tower.hidden,
         num_attention_heads=tower.heads,
         tensor_model_parallel_size=groups.tp.size(),
         pipeline_model_parallel_size=groups.pp.size(),
+        context_parallel_size=1 if whole else groups.cp.size(),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=dtype is torch.bfloat16,
@@ -96,7 +103,7 @@ def build_mimo(
     """Megatron's MimoModel on this rank, each module in a DDP of its own; at pp1 with the
     communicators that Megatron builds from the grids."""
     configs = {
-        "images": config_of(model.images, groups["images"], dtype),
+        "images": config_of(model.images, groups["images"], dtype, whole=True),
         "language": config_of(model.language, groups["language"], dtype),
     }
     encoder = ModuleSpec(
@@ -112,6 +119,8 @@ def build_mimo(
         name: HyperCommGrid([layout.tp, layout.dp], ["tp", "dp"])
         for name, layout in layouts.items()
     }
+    # Megatron's own communicators know tp and dp.
+    apart = layouts["language"].pp == layouts["language"].cp == 1
     mimo = MimoModel(
         MimoModelConfig(
             language_model_spec=language_spec(model, configs["language"], groups["language"]),
@@ -123,8 +132,10 @@ def build_mimo(
                 )
             },
             special_token_ids={"images": model.vocabulary - 1},
-            module_to_grid_map=grids if layouts["language"].pp == 1 else None,
-        )
+            module_to_grid_map=grids if apart else None,
+        ),
+        cp_group=groups["language"].cp,
+        tp_group=groups["language"].tp,
     )
     mimo.model_type = mimo.language_model.model_type  # Megatron's schedules ask for it
     mimo.to(torch.cuda.current_device(), dtype=dtype)
