@@ -9,6 +9,7 @@ be captured, it runs as it is, with a warning that says why.
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable, Sequence
@@ -161,7 +162,7 @@ class _Pair:
     ) -> None:
         self.free = True
         self.inputs = [_still(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        pool, stream = torch.cuda.graph_pool_handle(), _stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Once beside the graphs: libraries make their workspaces and kernels are loaded, which
@@ -229,6 +230,12 @@ class _Pair:
             still.zero_() if given is None else still.copy_(given)
         self.backward.replay()
         return [None if found is None else found.clone() for found in self.input_gradients]
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """Where all captures run: each stream has memory and workspaces of its own."""
+    return torch.cuda.Stream(device)
 
 
 def _learning(leaves: Sequence[Any]) -> list[torch.Tensor]:

@@ -249,8 +249,8 @@ class Bubbles:
         if first:
             portions, timeline = self._timeline(batches, rows, seq_length)
             self._places[key] = _places(timeline, self.stage, portions, train=train)
-        # Through the host, messages wait on it: then all runs one after the other.
-        self.lanes = Lanes(None if first else self._streams)
+        # The careful step runs on them, too: they take their memory in it.
+        self.lanes = Lanes(self._streams)
         return self._places[key]
 
     def _timeline(self, batches: Batches, rows: Rows, seq_length: int) -> tuple[int, Timeline]:

@@ -8,9 +8,16 @@ the pipeline leaves free: whole bubbles, and what its small kernels do not fill.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
+
+
+@functools.cache
+def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    low, high = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]
+    return torch.cuda.Stream(device, high), torch.cuda.Stream(device, low)
 
 
 class Lanes:
@@ -25,9 +32,9 @@ class Lanes:
 
     @staticmethod
     def streams() -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-        """The pipeline's and the encoders' stream of the current GPU."""
-        low, high = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]
-        return torch.cuda.Stream(priority=high), torch.cuda.Stream(priority=low)
+        """The pipeline's and the encoders' stream of the current GPU: the same for all programs, as
+        each stream has memory and workspaces of its own."""
+        return _streams(torch.cuda.current_device())
 
     def pipeline(self) -> contextlib.AbstractContextManager[object]:
         """Inside, the pipeline's stream is the current one."""

@@ -127,8 +127,7 @@ class Case:
 
 def family(arm: str) -> str:
     """Arms of one family share a model; two families may not fit on a GPU at once."""
-    kind = arm.partition("=")[0]
-    return kind if kind in ("first_stage", "homogeneous") else "shared"
+    return arm if arm.startswith(("first_stage", "homogeneous")) else "shared"
 
 
 ALONE = ("language_only", "encoder_only")

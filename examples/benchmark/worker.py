@@ -1,9 +1,11 @@
 """One rank of the benchmark: runs the cases of a plan and writes a line of JSON for each."""
 
+import faulthandler
 import gc
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -188,6 +190,7 @@ def _device() -> str:
 
 def main(path: Path) -> None:
     """Run the plan in ``path``; lines go to results.jsonl beside it, the arm at hand to arm.txt."""
+    faulthandler.register(signal.SIGUSR1)  # where a rank that hangs is
     plan = json.loads(path.read_text())
     with ranks(int(os.environ["LOCAL_RANK"]), eager=plan["eager"]):
         first = dist.get_rank() == 0
