@@ -309,10 +309,10 @@ def opened(
     """
     found: dict[str, Arm] = {}
     kind = family(arms[0])
-    case = case.homogeneous() if kind == "homogeneous" else case
+    case = case.homogeneous() if kind.startswith("homogeneous") else case
     with colocc.process_groups(case.layouts) as groups:
         shared = None
-        if kind != "first_stage":
+        if not kind.startswith("first_stage"):
             shared = Shared(case, groups, dtype, overlap, distributed=distributed)
         try:
             for name in arms:
