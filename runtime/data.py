@@ -326,7 +326,8 @@ def _check_size(
             raise LayoutError(
                 f"{here[0]} has {here[1]} samples in dim {dim}, {first[0]} has {first[1]}: all "
                 "inputs of all microbatches hold the same number of samples. If another dim "
-                f"holds them, give compile() batch_dims={{{name!r}: ...}}"
+                f"holds them, give compile() batch_dims={{{name!r}: ...}}; if dim {dim} holds "
+                "items, of which samples have any number, colocc.Items(module)"
             )
 
 
