@@ -67,7 +67,7 @@ def one_item_each(
 
     Raises: CaptureError for an example without an item, or whose items cannot be told apart.
     """
-    found = dict(example_inputs)
+    found = _plain(example_inputs)
     streams: dict[str, Places] = {}
     for name in batch_dims:
         stream = items_of(batch_dims, name)
@@ -79,7 +79,7 @@ def one_item_each(
             )
             streams[stream] = Places(stream, (), names, stated=stream in rows)
     for stream, places in streams.items():
-        given = places.given(example_inputs)
+        given = places.given(found)
         item = _one_item(stream, given, rows.get(stream))
         alike = pytree.tree_map(
             lambda leaf: leaf.repeat(samples, *[1] * (leaf.dim() - 1)) if _holds(leaf) else leaf,
@@ -89,6 +89,11 @@ def one_item_each(
         whole = not any(leaf.is_meta for leaf in pytree.tree_leaves(item) if _holds(leaf))
         streams[stream] = replace(places, template=item if whole else None)
     return found, streams
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with every mapping in it a dict."""
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _holds(value: Any) -> bool:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import colocc
 from colocc import Items, Layout, LayoutError
-from colocc.runtime.ragged import _Module
+from colocc.runtime.items import ModuleItems
 from tests.gallery import (
     DIMS,
     LAYOUTS,
@@ -224,9 +224,9 @@ def test_each_rank_loads_its_own_images(alike: bool, balance: bool) -> None:
 
 def test_images_that_go_to_other_samples_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairing by position, as the slots of an encoder hold them, is the error of others."""
-    cut = _Module.cut
+    cut = ModuleItems.cut
     monkeypatch.setattr(
-        _Module, "cut", lambda self, samples, path: cut(self, samples[::-1].copy(), path)
+        ModuleItems, "cut", lambda self, samples, path: cut(self, samples[::-1].copy(), path)
     )
     with pytest.raises(AssertionError, match="not close"):
         check(
@@ -260,10 +260,17 @@ MISMATCHES = [
     (wrong(GOOD, ids=strips_of([[]] * 4)["ids"]), "the microbatch has 0 placeholders and 4 items"),
     (wrong(GOOD, patches=GOOD["patches"][:-1]), "patches of microbatch 0 has 7 entries in dim 0"),
 ]
+NOT_THE_THIRD = torch.arange(4)[:, None] != 2
 ALIKE = [
     (wrong(batch_of([2, 0, 1, 1]), ids=strips_of([[4], [], [3], [2]])["ids"]), "sample 2 of"),
     (wrong(batch_of([2, 0, 1, 1]), pixels=None), "Give pixels, or leave the placeholders out."),
     (wrong(batch_of([2, 0, 1, 1]), pixels=batch_of([3])["pixels"]), "8 placeholders for 3 items"),
+    (
+        wrong(
+            batch_of([2, 0, 1, 1]), pixels=batch_of([4])["pixels"].where(NOT_THE_THIRD, torch.nan)
+        ),
+        "pixels of microbatch 0 has 4 NaN and 0 inf, the first in sample 2",
+    ),
 ]
 
 
@@ -273,6 +280,7 @@ def test_placeholders_that_are_not_the_rows_of_a_sample(alike: bool) -> None:
     good = batch_of([2, 0, 1, 1]) if alike else GOOD
     model = (Gallery() if alike else Strips()).double()
     options: Any = {"batch_dims": DIMS if alike else STRIP_DIMS, "example_inputs": good}
+    options["check"] = "finite"
     if not alike:
         options["rows"] = {"vision": sizes_of}
 

@@ -169,6 +169,26 @@ def test_what_is_refused(options: dict[str, Any], problem: str) -> None:
     assert problem in str(info.value)
 
 
+def projected(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Tensor) -> Tensor:
+    return scatter(model, text, ids, pixels, model.get_submodule("middle")(rows))
+
+
+@pytest.mark.parametrize(
+    ("layout", "moves"), [(LAYOUTS["vision"], 1), (LAYOUTS["language"], 1), (Layout(tp=4), 0)]
+)
+def test_a_projector_runs_beside_the_encoder_or_the_reader(layout: Layout, moves: int) -> None:
+    model = Gallery(projected)
+    model.add_module("middle", torch.nn.Linear(8, 8))
+    given: Any = {"example_inputs": {"ids": EXAMPLE["ids"], "pixels": EXAMPLE["pixels"].float()}}
+    layouts = {**LAYOUTS, "middle": layout}
+    if moves:
+        page = str(colocc.compile(model, layouts, batch_dims=DIMS, **given))
+        assert page.count("\n+ %") == moves
+    else:
+        with pytest.raises(LayoutError, match="Give middle the layout of vision, or that of lang"):
+            colocc.compile(model, layouts, batch_dims=DIMS, **given)
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
