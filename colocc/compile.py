@@ -22,7 +22,7 @@ from colocc.passes.rows import BatchDim, BatchDims, Items, Rows, RowsPerItem, di
 from colocc.program import Program
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check, parse_check
-from colocc.runtime.filled import portions_of
+from colocc.runtime.filled import check_queues, portions_of
 from colocc.runtime.groups import (
     DEFAULT_TIMEOUT,
     ProcessGroups,
@@ -32,7 +32,6 @@ from colocc.runtime.groups import (
     layouts_text,
 )
 from colocc.runtime.parts import check_local
-from colocc.runtime.positions import batch_dims_of
 from colocc.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ def compile(
     check: str = "every",
     balance: bool = True,
     batches: str = "global",
+    cuda_graphs: bool = False,
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> Program:
     """Return the program that trains ``model`` with each module on its own layout.
@@ -83,6 +83,11 @@ def compile(
     tp group of the encoder lies inside one of its stages; "filled=2,6" in 2 portions a microbatch,
     with the encoder's activations of 6 microbatches alive.
 
+    ``cuda_graphs`` replays the encoders' forward and backward as CUDA graphs, which frees the host
+    from launching their kernels and keeps their activations allocated. An encoder that cannot be
+    captured (tp, cp or ep inside it, dropout, recomputation, inputs of many shapes, waits for the
+    device, no GPU) runs without, with a warning that says why.
+
     ``check`` says what is looked at before a step: with "every", all ranks ask one another, on the
     host, whether their batches are alike and without errors, before the step and after each
     encoding, so that an error of one rank is one error on all; "finite" looks for NaN and inf in
@@ -100,7 +105,7 @@ def compile(
     checks: Check = "every"
     try:
         checks = parse_check(check)
-        dims = {**batch_dims_of(model), **(batch_dims or {})}
+        dims = {**megatron.batch_dims_of(model), **(batch_dims or {})}
         lengths = dict(sequence_dims or {})
         means = dict(reductions or {})
         plain = {name: as_layout(name, layout) for name, layout in layouts.items()}
@@ -118,6 +123,7 @@ def compile(
         order = Schedule.parse(schedule, (graph.sink, plain[graph.sink]))
         if order.kind == "filled":
             portions_of(graph)
+            check_queues()
         if batches not in ("global", "local"):
             raise LayoutError(f"batches is {batches!r}: write 'global' or 'local'")
         if batches == "local":
@@ -130,7 +136,7 @@ def compile(
         if found is None
         else f"{_digest(found[0])}, groups {groups is not None}, "
         f"{dims}, {lengths}, {means}, {order}, rows {sorted(rows or {})}, check {checks}, "
-        f"balance {balance}, batches {batches}"
+        f"balance {balance}, batches {batches}, cuda_graphs {cuda_graphs}"
     )
     agree_on("the compiled program", text, error)
     assert found is not None
@@ -145,6 +151,7 @@ def compile(
         check=checks,
         balance=balance,
         local=batches == "local",
+        cuda_graphs=cuda_graphs,
     )
 
 

@@ -17,17 +17,26 @@ rank.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sympy
-from numpy.typing import NDArray
 
 from colocc.errors import LayoutError
+from colocc.ranks import (
+    Grid,
+    Groups,
+    Ranks,
+    coordinate_of,
+    evaluated,
+    group_of,
+    groups_of,
+    stride_of,
+    trimmed,
+)
 
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -39,12 +48,6 @@ EXPERT = {"tp": "expt_tp", "ep": "ep", "dp": "expt_dp", "pp": "pp"}
 DEFAULT_ORDER = "tp-cp-ep-dp-pp"
 FLAGS = ("sp", "zigzag")
 LIMIT = 1 << 20
-RANK = sympy.Symbol("r", integer=True, nonnegative=True)
-
-Ranks = NDArray[np.int64]
-Grid = tuple[tuple[str, int], ...]
-"""(axis, size), fastest first."""
-Groups = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +93,7 @@ class Layout:
                 f"ranks (expt_dp = cp * dp / ep). Write {_choice('ep', fits)}."
             )
         if self.ep > 1 and self._torn:
-            dense, expert = _stride(self._dense, "pp"), _stride(self._expert, "pp")
+            dense, expert = stride_of(self._dense, "pp"), stride_of(self._expert, "pp")
             raise LayoutError(
                 f"order {self.order!r} with ep{self.ep}: stages lie {dense} ranks apart, experts' "
                 f"stages {expert}.\nPut pp last, as in {DEFAULT_ORDER}."
@@ -114,15 +117,15 @@ class Layout:
     @property
     def _torn(self) -> bool:
         """Whether Megatron's expert view would tear the pipelines; ep1 then keeps the dense one."""
-        return self.pp > 1 and _stride(self._dense, "pp") != _stride(self._expert, "pp")
+        return self.pp > 1 and stride_of(self._dense, "pp") != stride_of(self._expert, "pp")
 
     def stride(self, axis: str) -> int:
         """How many ranks apart neighbours on ``axis`` are."""
-        return _stride(self._dense, _known(axis, DENSE))
+        return stride_of(self._dense, _known(axis, DENSE))
 
     def coordinate(self, axis: str) -> sympy.Expr:
         """The coordinate of rank ``RANK`` on ``axis`` as an expression, simplified."""
-        return _coordinate(self.stride(axis), self.sizes[axis], self.size)
+        return coordinate_of(self.stride(axis), self.sizes[axis], self.size)
 
     def coordinates(self, axis: str) -> Ranks:
         """The coordinate of every rank on ``axis``.
@@ -140,26 +143,26 @@ class Layout:
             size = sizes[_known(axis, DENSE)]
             if np.any(np.asarray(value) < 0) or np.any(np.asarray(value) >= size):
                 raise LayoutError(f"{axis} = {value} is outside 0..{size - 1} of {self}.")
-            total = total + value * _stride(grid, axis)
+            total = total + value * stride_of(grid, axis)
         return total
 
     def groups(self, *axes: str) -> Groups:
         """The groups of ranks that differ on ``axes`` only, each ascending, by first rank."""
-        return _groups(self._dense, tuple(_known(axis, DENSE) for axis in axes))
+        return groups_of(self._dense, tuple(_known(axis, DENSE) for axis in axes))
 
     def expert_groups(self, *axes: str) -> Groups:
         """As ``groups`` for the experts' axes: expt_tp, ep, expt_dp, pp."""
         names = tuple(_known(axis, tuple(EXPERT.values())) for axis in axes)
         if self._torn:
             dense = {"expt_tp": ("tp",), "ep": (), "expt_dp": ("cp", "dp"), "pp": ("pp",)}
-            return _groups(self._dense, tuple(axis for name in names for axis in dense[name]))
-        return _groups(self._expert, names)
+            return groups_of(self._dense, tuple(axis for name in names for axis in dense[name]))
+        return groups_of(self._expert, names)
 
     def same_grid(self, other: Layout) -> bool:
         """Whether all ranks have the same coordinates in both layouts, the experts' included."""
-        if _trim(self._dense) != _trim(other._dense) or self._torn != other._torn:
+        if trimmed(self._dense) != trimmed(other._dense) or self._torn != other._torn:
             return False
-        return self._torn or _trim(self._expert) == _trim(other._expert)
+        return self._torn or trimmed(self._expert) == trimmed(other._expert)
 
     def __str__(self) -> str:
         words = [
@@ -231,7 +234,9 @@ class Layout:
         sizes["ep"] = dict(expert).get("ep", 1)
         return _search(
             sizes,
-            lambda it: _trim(it._dense) == _trim(dense) and _trim(it._expert) == _trim(expert),
+            lambda it: (
+                trimmed(it._dense) == trimmed(dense) and trimmed(it._expert) == trimmed(expert)
+            ),
             f"HyperCommGrid with dims {dict(dense)} and expert view {dict(expert)}",
         )
 
@@ -284,7 +289,7 @@ class Layout:
 
         def has(layout: Layout) -> bool:
             return layout.size == dist.get_world_size() and all(
-                _group_of(own, layout._dense if name in dense else layout._expert, name) == members
+                group_of(own, layout._dense if name in dense else layout._expert, name) == members
                 for name, members in ranks.items()
             )
 
@@ -292,81 +297,9 @@ class Layout:
         return _search(sizes, has, f"megatron.core.parallel_state with the groups {ranks}")
 
 
-@lru_cache(maxsize=4096)
-def closed_form(expr: sympy.Expr, name: str = "r") -> str:
-    """``expr`` in the notation of the dump, with ``name`` for RANK: ``r//2%2``."""
-    if expr == RANK:
-        return name
-    if isinstance(expr, (sympy.Symbol, sympy.Integer)):
-        return str(expr)
-    if isinstance(expr, sympy.floor):
-        above, below = sympy.fraction(sympy.together(expr.args[0]))
-        return f"{_operand(above, name)}//{_operand(below, name)}"
-    if isinstance(expr, sympy.Mod):
-        return f"{_operand(expr.args[0], name)}%{_operand(expr.args[1], name)}"
-    if isinstance(expr, sympy.Add):
-        return " + ".join(closed_form(term, name) for term in expr.as_ordered_terms())
-    if isinstance(expr, sympy.Mul):
-        return "*".join(
-            f"({closed_form(part, name)})" if not part.is_Atom else closed_form(part, name)
-            for part in expr.as_ordered_factors()
-        )
-    raise ValueError(f"{expr} has no closed form: it is more than +, *, // and % of the rank")
-
-
-def _operand(expr: sympy.Expr, name: str) -> str:
-    text = closed_form(expr, name)
-    return f"({text})" if isinstance(expr, sympy.Add) else text
-
-
-@lru_cache(maxsize=1024)
-def _coordinate(stride: int, size: int, world: int) -> sympy.Expr:
-    if size == 1:
-        return sympy.Integer(0)
-    steps = RANK if stride == 1 else sympy.floor(RANK / stride)
-    return steps if stride * size == world else sympy.Mod(steps, size)
-
-
 @lru_cache(maxsize=8192)
 def _coordinates(layout: Layout, axis: str) -> Ranks:
-    return _evaluate(layout.coordinate(axis), layout.size)
-
-
-@lru_cache(maxsize=256)
-def _evaluate(expr: sympy.Expr, size: int) -> Ranks:
-    values = sympy.lambdify(RANK, expr, "numpy")(np.arange(size, dtype=np.int64))
-    out = np.empty(size, dtype=np.int64)
-    out[:] = values
-    out.flags.writeable = False
-    return out
-
-
-@lru_cache(maxsize=1024)
-def _groups(grid: Grid, axes: tuple[str, ...]) -> Groups:
-    """Every rank with coordinate 0 on ``axes`` starts a group; all have the same offsets."""
-
-    def offsets(names: Iterable[str]) -> Ranks:
-        found = np.zeros(1, dtype=np.int64)
-        for name in names:
-            found = np.add.outer(found, np.arange(dict(grid)[name]) * _stride(grid, name)).ravel()
-        return np.sort(found)
-
-    first = offsets(name for name, _ in grid if name not in axes)
-    return tuple(map(tuple, np.add.outer(first, offsets(dict.fromkeys(axes))).tolist()))
-
-
-def _stride(grid: Grid, axis: str) -> int:
-    return prod(size for _, size in itertools.takewhile(lambda entry: entry[0] != axis, grid))
-
-
-def _trim(grid: Grid) -> Grid:
-    return tuple(entry for entry in grid if entry[1] > 1)
-
-
-def _group_of(rank: int, grid: Grid, axis: str) -> tuple[int, ...]:
-    stride, size = _stride(grid, axis), dict(grid)[axis]
-    first = rank - rank // stride % size * stride
-    return tuple(range(first, first + stride * size, stride))
+    return evaluated(layout.coordinate(axis), layout.size)
 
 
 def _search(sizes: dict[str, Any], fits: Callable[[Layout], bool], what: str) -> Layout:

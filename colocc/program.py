@@ -26,6 +26,7 @@ from colocc.passes.rows import BatchDims, RowsPerItem
 from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check
+from colocc.runtime.cuda_graphs import CapturedModule
 from colocc.runtime.data import Batches
 from colocc.runtime.execute import Executor
 from colocc.runtime.filled import Bubbles
@@ -37,7 +38,6 @@ from colocc.runtime.groups import (
     process_groups,
 )
 from colocc.runtime.intake import Intake, take
-from colocc.runtime.positions import cut_angles
 from colocc.runtime.redistribution import Redistribution, tensor_dims
 from colocc.runtime.rows import Ids, RowRedistribution, Rows, counted, rows_held
 from colocc.runtime.samples import RowCounts, imbalances, step_samples
@@ -71,7 +71,11 @@ class Program:
         check: Check = "every",
         balance: bool = False,
         local: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
+        # By the node that calls the module.
+        self.captured: dict[str, CapturedModule] = {}
+        self._cuda_graphs = cuda_graphs
         self.balance, self._local = balance and schedule.kind != "filled", local
         self.model, self.graph, self.batch_dims = model, graph, batch_dims
         self.schedule = schedule
@@ -111,7 +115,7 @@ class Program:
                 True,
             )
         if megatron.is_mimo(self.model):
-            cut_angles(self.model, self.collection(self.graph.sink))
+            megatron.cut_angles(self.model, self.collection(self.graph.sink))
         plans = self.graph.plans
         self._members = tuple(
             dict.fromkeys(group for plan in plans.values() for group in plan.member_lists())
@@ -128,6 +132,9 @@ class Program:
                 self._calls[node.name] = megatron.MergeInPart(
                     self.model, mine.layouts[mine.sink], rank
                 )
+            elif self._cuda_graphs and (name := mine.module_of(node)) not in (None, mine.sink):
+                module = CapturedModule(name, mine.layouts[name], partial(self._module, node))
+                self.captured[node.name] = self._calls[node.name] = module
         self._calls |= {n: move for n, move in moves.items() if isinstance(move, RowRedistribution)}
         self.cut = cut(mine)
         self._output = mine.output()
@@ -164,6 +171,10 @@ class Program:
             return RowRedistribution(plan, groups, rank, name=node.name, empty=empty)
         dims = tensor_dims(plan, first_type(node.meta["types"]))
         return Redistribution(plan, groups, rank, name=node.name, dims=dims)
+
+    def _module(self, node: fx.Node) -> nn.Module:
+        """The module that ``node`` calls, as it is wrapped now."""
+        return self.model.get_submodule(str(node.target))
 
     def _no_rows(self, module: str) -> torch.Tensor:
         """Instead of the output of an encoder that has seen no item: its backward runs the
@@ -468,6 +479,12 @@ class Program:
     def trainable_encoders(self) -> list[nn.Module]:
         """The trainable modules that feed the sink."""
         return [m for name, m in self.trainable().items() if name != self.graph.sink]
+
+    def replays(self, name: str) -> bool:
+        """Whether the module ``name`` runs as CUDA graphs."""
+        return any(
+            module.name == name and module.reason is None for module in self.captured.values()
+        )
 
     @property
     def encoder_module(self) -> nn.Module:

@@ -21,7 +21,8 @@ import sympy
 from numpy.typing import NDArray
 
 from colocc.errors import LayoutError
-from colocc.layout import Layout, closed_form
+from colocc.layout import Layout
+from colocc.ranks import closed_form
 
 Interval = tuple[int, int]
 Intervals = tuple[Interval, ...]

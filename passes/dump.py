@@ -13,9 +13,9 @@ from typing import Any
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from colocc.layout import closed_form
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.solve.plan import Plan, Step, received
+from colocc.ranks import closed_form
 from colocc.types import Type
 
 SHOWN_GROUPS = 8

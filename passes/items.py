@@ -26,7 +26,7 @@ from colocc.passes.rows import BatchDims, RowsPerItem, items_of
 from colocc.passes.scatter import scattered
 from colocc.passes.shapes import tensors_of
 from colocc.passes.sizes import Number, evaluated
-from colocc.passes.solve.plan import Counts
+from colocc.passes.solve.boxes import Counts
 from colocc.passes.structure import Rebuilt
 from colocc.sequence import axes_of
 from colocc.types import Type

@@ -21,12 +21,12 @@ from colocc.layout import Layout
 from colocc.passes.graph import Graph
 from colocc.passes.rows import BatchDims, RowsPerItem, dim_of, has_rows, items_of, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
-from colocc.passes.solve.plan import Intervals
+from colocc.passes.solve.boxes import Intervals
 from colocc.runtime.fields import check_kinds, check_masks, check_tokens, holds_items, is_shared
 from colocc.runtime.guards import check_guards
 from colocc.runtime.holdings import assigner, holding_of, sample_runs, units_in
 from colocc.runtime.items import Learned
-from colocc.runtime.packing import packings
+from colocc.runtime.megatron.packing import packings
 from colocc.runtime.parts import Parts, Run, size_of_step, whole_inputs
 from colocc.runtime.ragged import Ragged
 from colocc.sequence import axes_of, check_length, cuts, part_of

@@ -1,7 +1,7 @@
 """The encoders' work inside the bubbles of the language pipeline.
 
 ``passes.timeline.fill`` gives every stage one list of tasks; the language tasks among them are
-Megatron's 1F1B, the others run between these (runtime/pipeline.py). Embeddings go to the first
+Megatron's 1F1B, the others run between these (megatron/pipeline.py). Embeddings go to the first
 stage portion by portion, and their gradients back, as messages between pairs of ranks.
 
 No order of arrival can deadlock. Every rank runs the tasks of its stage in the order of the
@@ -13,7 +13,9 @@ own: between two ranks, sends and receives in one group wait for each other.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -31,12 +33,15 @@ from colocc.runtime.channels import Arrival, Channel
 from colocc.runtime.data import Batches
 from colocc.runtime.execute import Executor
 from colocc.runtime.groups import Use, close_groups, open_groups
+from colocc.runtime.lanes import Lanes
 
 if TYPE_CHECKING:
     from colocc.program import Program
 
 # What another portion costs, as a share of the step: each has kernels of its own to launch.
 PORTION_COST = 0.02
+# The fewest hardware queues for the streams of a step.
+QUEUES = 16
 
 
 def portions_of(graph: Graph) -> Portions:
@@ -52,6 +57,24 @@ def portions_of(graph: Graph) -> Portions:
         )
     sink = (graph.sink, graph.layouts[graph.sink])
     return Portions((encoders[0], graph.layouts[encoders[0]]), sink)
+
+
+def check_queues() -> None:
+    """Raises: LayoutError if work that waits for a message may hold up work that does not.
+
+    CUDA deals streams to so many hardware queues, and what shares one runs in order. Here are four
+    streams of messages, two of computing, and those of the modules' own groups.
+    """
+    given = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    enough = given is not None and given.isdecimal() and int(given) >= QUEUES
+    if enough or not dist.is_initialized() or not Bubbles.needs_care():
+        return
+    found = "not set, which means 8" if given is None else f"set to {given!r}"
+    raise LayoutError(
+        "schedule 'filled' runs on a dozen streams that must not wait for each other, and "
+        f"CUDA_DEVICE_MAX_CONNECTIONS is {found}: set it to {2 * QUEUES} before the program "
+        "starts, or write schedule='three_phase'."
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +121,15 @@ class Bubbles:
                 f"{len(program.cut)}. Write schedule='three_phase'."
             )
         identity = dict.fromkeys(program.redistributions, lambda value, samples=None: value)
-        self.encode = Executor(program.mine, "encode", program.model, identity, program.cut)
+        self.encode = Executor(
+            program.mine,
+            "encode",
+            program.model,
+            identity,
+            program.cut,
+            calls=program.captured,
+        )
+        self._streams = Lanes.streams() if self.needs_care() else None
         found = first_type(program.cut[0].meta["types"])
         self.dim = found.batch if found is not None and found.batch is not None else 0
         self._rows: dict[Any, Rows] = {}
@@ -218,6 +249,8 @@ class Bubbles:
         if first:
             portions, timeline = self._timeline(batches, rows, seq_length)
             self._places[key] = _places(timeline, self.stage, portions, train=train)
+        # Through the host, messages wait on it: then all runs one after the other.
+        self.lanes = Lanes(None if first else self._streams)
         return self._places[key]
 
     def _timeline(self, batches: Batches, rows: Rows, seq_length: int) -> tuple[int, Timeline]:
@@ -296,10 +329,12 @@ class Filled:
         self.rows = bubbles.rows(batches)
         self.places = bubbles.places(batches, self.rows, seq_length, train=train)
         # A frozen encoder has no backward, and nothing returns to it.
-        self.learns = train and bool(program.trainable_encoders())
+        self.train, self.learns = train, train and bool(program.trainable_encoders())
         self.encoded: dict[tuple[int, int], torch.Tensor] = {}
         self.leaf: dict[int, torch.Tensor] = {}
-        self.kept: dict[tuple[int, Piece], torch.Tensor] = {}
+        self.kept: dict[tuple[int, Piece], tuple[torch.Tensor, Any]] = {}
+        self.made: dict[tuple[int, int], Any] = {}
+        self.lanes = bubbles.lanes
         self._returned = 0
 
     @property
@@ -312,11 +347,16 @@ class Filled:
 
     def before(self, place: int) -> None:
         """Run what comes before language task number ``place`` of this stage."""
-        for task in self.places.before[place]:
-            if task.kind == "encode":
-                self._encode(task.microbatch, task.portion)
-            elif self.learns:
-                self._backward(task.microbatch, task.portion)
+        with self.lanes.encoders():
+            for task in self.places.before[place]:
+                if task.kind == "encode":
+                    self._encode(task.microbatch, task.portion)
+                elif self.learns:
+                    self._backward(task.microbatch, task.portion)
+
+    def running(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, the pipeline runs."""
+        return self.lanes.pipeline()
 
     def leaves(self, microbatch: int) -> list[Any]:
         """The embeddings of ``microbatch``, on the first stage; other stages read none."""
@@ -364,13 +404,14 @@ class Filled:
                     if split.gradient_source(piece, reader) != rank:
                         continue
                     if reader == rank:
-                        self.kept[microbatch, piece] = part
+                        self.kept[microbatch, piece] = part, self.lanes.mark()
                     else:
                         self.bubbles.gradients.send(part, reader)
 
     def finish(self) -> None:
         """Run what is left after the last language task; then every gradient is complete."""
-        self.before(len(self.places.before) - 1)
+        with self.lanes.joined():
+            self.before(len(self.places.before) - 1)
         assert not self.encoded
         for channel in self.bubbles.channels:
             channel.flush()
@@ -394,7 +435,7 @@ class Filled:
         mine = self._mine(microbatch, portion)
         if not mine:
             return
-        with torch.set_grad_enabled(self.learns), self.program.noted("encode", microbatch):
+        with torch.set_grad_enabled(self.train), self.program.noted("encode", microbatch):
             value = self.bubbles.run_encoder(
                 self.batches, [(microbatch, piece.start, piece.stop) for piece in mine]
             )
@@ -402,6 +443,7 @@ class Filled:
             self.program.check_learns([value])
         self._check(value, sum(piece.stop - piece.start for piece in mine))
         self.encoded[microbatch, portion] = value
+        self.made[microbatch, portion] = self.lanes.mark()
         first, split = 0, self.bubbles.portions
         for piece in mine:
             count = piece.stop - piece.start
@@ -436,6 +478,7 @@ class Filled:
                 break
             first += other.stop - other.start
         value = self.encoded[microbatch, portion].detach()
+        self.lanes.take(value, self.made[microbatch, portion])
         return self._narrow(value, first, piece.stop - piece.start), None
 
     def _backward(self, microbatch: int, portion: int) -> None:
@@ -446,7 +489,7 @@ class Filled:
         for piece in mine:
             source = split.gradient_source(piece, self.bubbles.rank)
             if source == self.bubbles.rank:
-                parts.append(self.kept.pop((microbatch, piece)))
+                parts.append(self.lanes.take(*self.kept.pop((microbatch, piece))))
                 continue
             buffer = self.rows.empty(piece.stop - piece.start)
             self.bubbles.gradients.receive(buffer, source).wait()

@@ -14,7 +14,8 @@ from itertools import pairwise
 
 import torch
 
-from colocc.passes.solve.plan import Box, Holding, Interval, Intervals, Moves, Step, length, pieces
+from colocc.passes.solve.boxes import Box, Interval, Intervals, length, pieces
+from colocc.passes.solve.plan import Holding, Moves, Step
 
 Sizes = tuple[int, ...]
 """The elements of one cell along each dim of the grid."""

@@ -33,6 +33,9 @@ DEFAULT_TIMEOUT = timedelta(minutes=10)
 Members = tuple[int, ...]
 Use = Literal["shared", "pipeline", "pipeline back", "embeddings", "gradients", "host", "agreement"]
 Key = tuple[Use, Members]
+# The uses whose groups carry messages alone.
+MESSAGES = ("pipeline", "pipeline back", "embeddings", "gradients")
+MESSAGE_BLOCKS = 4
 
 
 # The fields of a ProcessGroupCollection, and the axes that each group varies over.
@@ -123,8 +126,21 @@ def _open(key: Key, rank: int, world: int, timeout: timedelta) -> dist.ProcessGr
         return None  # the default group: the registry must not hold its own key
     # new_group is collective over the whole world, members or not.
     backend = "gloo" if use in ("host", "agreement") else None
-    group = dist.new_group(list(members), timeout=timeout, backend=backend)
+    options = _messages(timeout) if use in MESSAGES and "nccl" in dist.get_backend() else None
+    group = dist.new_group(list(members), timeout=timeout, backend=backend, pg_options=options)
     return group if rank in members else None
+
+
+def _messages(timeout: timedelta) -> dist.ProcessGroupNCCL.Options:
+    """NCCL's options for a group of messages between two ranks.
+
+    Each block of a communicator holds buffers, and a message that waits holds its blocks: a few
+    blocks fill a link with whole hidden states. Their stream goes before what computes.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    options.config.min_ctas, options.config.max_ctas = 1, MESSAGE_BLOCKS
+    return options
 
 
 def close_groups(
@@ -203,10 +219,16 @@ def _ranks(ranks: list[int]) -> str:
     return f"{name} {', '.join(map(str, ranks))}"
 
 
+def device_of_messages() -> torch.device:
+    """Where a tensor must be for the default group to send it."""
+    if "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def gather_texts(text: str) -> list[str]:
     """The texts of all ranks, as bytes: nothing is unpickled."""
-    cuda = "nccl" in dist.get_backend()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = device_of_messages()
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     world = dist.get_world_size()
     if dist.get_backend() == "fake":

@@ -17,7 +17,7 @@ from colocc.passes.graph import Entries, Places
 from colocc.passes.items import check_entries, entries_of_items, rows_stated, size_at
 from colocc.passes.rows import RowsPerItem
 from colocc.passes.shapes import lookup, tensors_of
-from colocc.passes.solve.plan import Intervals
+from colocc.passes.solve.boxes import Intervals
 from colocc.runtime.pairing import rows_each
 from colocc.runtime.parts import by_microbatch, in_order
 from colocc.runtime.rows import Ids, Rows, samples_in, units_of

@@ -22,7 +22,7 @@ from colocc.errors import LayoutError
 from colocc.passes.graph import Places
 from colocc.passes.rows import RowsPerItem
 from colocc.passes.shapes import lookup
-from colocc.passes.solve.plan import Intervals
+from colocc.passes.solve.boxes import Intervals
 from colocc.runtime.guards import value_of
 from colocc.runtime.items import Assign, Learned, ModuleItems, joined, narrowed
 from colocc.runtime.parts import Run

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from colocc.errors import LayoutError
-from colocc.passes.solve.plan import Box, Plan, length
+from colocc.passes.solve.boxes import Box, length
+from colocc.passes.solve.plan import Plan
 from colocc.runtime.exchange import share
 from colocc.runtime.fragments import Sizes, shape_of
 from colocc.runtime.steps import Direction, Groups

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from colocc.errors import LayoutError
-from colocc.passes.solve.plan import Holding, Plan, Step, pieces
+from colocc.passes.solve.boxes import pieces
+from colocc.passes.solve.plan import Holding, Plan, Step
 from colocc.runtime.exchange import exchange
 
 Ids = NDArray[np.int64]

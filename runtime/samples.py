@@ -9,7 +9,7 @@ import numpy as np
 from colocc.errors import LayoutError
 from colocc.passes.graph import Graph
 from colocc.passes.solve.balance import loads, units_between
-from colocc.passes.solve.plan import distinct
+from colocc.passes.solve.boxes import distinct
 from colocc.runtime.data import Batches
 from colocc.runtime.holdings import assigner, holding_of, sample_runs
 from colocc.runtime.parts import in_order

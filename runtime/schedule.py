@@ -195,6 +195,10 @@ class Chunks:
         encoded.cut(count)
         self.encoded, self.first, self.stop = encoded, self.stop, self.stop + count
 
+    def running(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, the pipeline runs."""
+        return contextlib.nullcontext()
+
     def finish(self) -> None:
         """Backward of the last chunk, if there is any: then every gradient is complete."""
         self._backward(last=True)
@@ -204,10 +208,18 @@ class Chunks:
         if encoded is None or not self.train:
             return
         with contextlib.ExitStack() as stack:
-            for module in self.program.trainable_encoders() if not last else ():
+            quiet = [
+                module
+                for name, module in self.program.trainable().items()
+                if name != self.program.graph.sink and (not last or self.program.replays(name))
+            ]
+            for module in quiet:
                 stack.enter_context(megatron.no_sync(module))
             stack.enter_context(self.program.noted("encode_backward"))
             encoded.backward()
+        # A replayed backward tells DDP nothing: what it would have started, start here.
+        for module in quiet if last else ():
+            megatron.start_reductions(module)
 
 
 def run_step(
@@ -246,19 +258,20 @@ def run_step(
             program.recorder.watch_backward(pytree.tree_leaves(output)[0], index)
         return output, loss_func
 
-    results = megatron.run_schedule(
-        megatron.Stage(program.sink_module, collect),
-        forward_step,
-        program.collection(program.graph.sink),
-        num_microbatches=count,
-        seq_length=seq_length,
-        micro_batch_size=batches.hidden[1],
-        forward_only=forward_only,
-        collect_non_loss_data=collect_non_loss_data,
-        force_all_reduce=force_all_reduce,
-        indices=iter(range(count)),
-        filled=encoders.pipeline,
-    )
+    with encoders.running():
+        results = megatron.run_schedule(
+            megatron.Stage(program.sink_module, collect),
+            forward_step,
+            program.collection(program.graph.sink),
+            num_microbatches=count,
+            seq_length=seq_length,
+            micro_batch_size=batches.hidden[1],
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+            force_all_reduce=force_all_reduce,
+            indices=iter(range(count)),
+            filled=encoders.pipeline,
+        )
     encoders.finish()
     if train:
         with program.noted("reduce"):

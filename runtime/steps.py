@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from colocc.errors import LayoutError
-from colocc.passes.solve.plan import Box, Holding, Step
+from colocc.passes.solve.boxes import Box
+from colocc.passes.solve.plan import Holding, Step
 from colocc.runtime.exchange import exchange, pack, share, unpack
 from colocc.runtime.fragments import (
     Cut,

@@ -4,7 +4,10 @@ import os
 
 # Before torch starts: without DETAIL, gloo returns wrong numbers where dtypes or shapes differ.
 os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TORCH_FR_BUFFER_SIZE"] = "1024"  # BUFFER of tests/flight.py
+# But for the tests that torchrun starts, one on each GPU.
+if "LOCAL_RANK" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
 

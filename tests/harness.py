@@ -8,6 +8,8 @@ note, and raise TimeoutError naming the ranks that hang.
 
 import contextlib
 import gc
+import importlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -33,6 +35,8 @@ from torch._C._distributed_c10d import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d
+
+from tests import flight
 
 PRELOAD = (
     "pytest",
@@ -67,6 +71,7 @@ class _Outcomes:
         self.world = world
         self.values: dict[int, Any] = {}
         self.errors: dict[int, BaseException] = {}
+        self.calls: dict[int, list[flight.Collective]] = {}
 
     def missing(self) -> list[int]:
         return [r for r in range(self.world) if r not in self.values and r not in self.errors]
@@ -84,6 +89,7 @@ class _Outcomes:
             raise error
         if missing:
             raise TimeoutError(f"ranks {missing} of {self.world} still run after {timeout:g} s")
+        flight.compare([self.calls.get(rank, []) for rank in range(self.world)])
         return [self.values[rank] for rank in range(self.world)]
 
 
@@ -197,11 +203,14 @@ class ProcessPool:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def run[R](self, world: int, fn: Callable[[int], R], *, timeout: float = 120.0) -> list[R]:
+    def run[R](
+        self, world: int, fn: Callable[[int], R], *, timeout: float = 120.0, detail: bool = False
+    ) -> list[R]:
         """``fn(rank)`` of every rank, each in a process with a fresh gloo world.
 
         ``fn`` is a function of a module, or a functools.partial of one; results come back pickled.
-        Raises: RankDied if a process ends.
+        The ranks' collectives are compared at the end; with ``detail``, by torch before each one.
+        Raises: RankDied if a process ends; RuntimeError for collectives that do not match.
         """
         if world > self.size:
             raise ValueError(f"{world} ranks in a pool of {self.size}: ask for at most {self.size}")
@@ -210,7 +219,7 @@ class ProcessPool:
         outcomes = _Outcomes(world)
         with tempfile.TemporaryDirectory() as folder:
             for rank, (_, connection) in enumerate(self._workers[:world]):
-                connection.send((task, os.path.join(folder, "store"), rank, world, timeout))
+                connection.send((task, os.path.join(folder, "store"), rank, world, timeout, detail))
             self._collect(outcomes, timeout)
             if outcomes.errors or outcomes.missing():
                 self.close()
@@ -255,7 +264,8 @@ class ProcessPool:
             for connection in wait(list(ranks), left):
                 rank = ranks.pop(connection)
                 try:
-                    value, error = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]  # noqa: S301
+                    value, error, calls = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]  # noqa: S301
+                    outcomes.calls[rank] = calls
                 except (EOFError, ConnectionError):
                     process = self._workers[rank][0]
                     process.join(GRACE)
@@ -269,30 +279,55 @@ class ProcessPool:
 
 def _worker(connection: Connection) -> None:
     torch.set_num_threads(1)
+    # What every run reads stays: the collections between runs need not walk it.
+    importlib.import_module("colocc.testing")
+    gc.collect()
+    gc.freeze()
+    recorder = flight.Recorder()
     with contextlib.suppress(EOFError):  # the pool was closed
         while True:
-            task, store, rank, world, timeout = connection.recv()
-            answer = _answer(task, store, rank, world, timeout)
+            task, store, rank, world, timeout, detail = connection.recv()
+            set_debug_level(DebugLevel.DETAIL if detail else DebugLevel.OFF)
+            answer = _answer(task, store, rank, world, timeout, recorder)
             connection.send_bytes(answer)
             connection.recv()
             _leave_world()
             connection.send("left")
 
 
-def _answer(task: bytes, store: str, rank: int, world: int, timeout: float) -> bytes:
+def _answer(
+    task: bytes, store: str, rank: int, world: int, timeout: float, recorder: flight.Recorder
+) -> bytes:
     try:
         torch.manual_seed(0)
         _open_world(FileStore(store, world), rank, world, timeout)
-        return pickle.dumps((pickle.loads(task)(rank), None))  # noqa: S301
+        value = pickle.loads(task)(rank)  # noqa: S301
+        return _dumps((value, None, recorder.take()))
     except BaseException as error:  # noqa: BLE001
         trace = "".join(traceback.format_exception(error))
         error.add_note(trace)
         try:
-            answer = pickle.dumps((None, error.with_traceback(None)))
+            answer = pickle.dumps((None, error.with_traceback(None), []))
             pickle.loads(answer)  # noqa: S301
         except Exception:  # noqa: BLE001
-            answer = pickle.dumps((None, RuntimeError(trace)))
+            answer = pickle.dumps((None, RuntimeError(trace), []))
         return answer
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors by way of numpy: torch writes a file for each, which costs as much as the step."""
+
+    def reducer_override(self, value: Any) -> Any:
+        plain = type(value) is torch.Tensor and not value.requires_grad
+        if plain and value.dtype != torch.bfloat16:
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
+def _dumps(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
 
 
 def _leave_world() -> None:

@@ -108,6 +108,7 @@ def config_of(layout: Layout, layers: int, hidden: int, **options: Any) -> Trans
         context_parallel_size=layout.cp,
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
+        bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         hidden_dropout=0.0,
@@ -144,7 +145,7 @@ def build(
     is_hybrid: bool = False,
     projector: bool = False,
     experts: int | None = None,
-    layers: int = 4,
+    layers: int | None = None,
     wrap: bool = True,
     length: int = LENGTH,
     positions: str = "learned_absolute",
@@ -152,9 +153,11 @@ def build(
 ) -> MimoModel:
     """The model on this rank, seeded alike for every layout; trainable modules in Megatron's DDP.
 
+    The language module has two ``layers``, or one for each of more stages.
     An encoder whose layout has cp computes whole items on each cp rank, as MimoModel feeds it.
     """
     language, pg = layouts["language"], groups["language"]
+    layers = layers or max(2, language.pp)
     per = {"calculate_per_token_loss": per_token}
     configs = {
         name: config_of(replace(layout, cp=1, ep=1), 2, ENCODER_HIDDEN, **per)
@@ -225,6 +228,7 @@ def build(
     modules = {name: model.modality_submodules[name] for name in names}
     for name, module in (modules | {"language": model.language_model}).items():
         seed_parameters(module, groups[name], seed=seed)
+        module.to(torch.cuda.current_device())
         module.requires_grad_(name not in frozen)
         if not wrap or name in frozen:
             continue
@@ -232,6 +236,7 @@ def build(
             configs[name],
             DistributedDataParallelConfig(
                 use_distributed_optimizer=distributed_optimizer,
+                grad_reduce_in_fp32=configs[name].bf16,
                 overlap_grad_reduce=overlap,
                 overlap_param_gather=gather,
             ),

@@ -101,6 +101,14 @@ def test_processes_collectives_and_sends(processes: ProcessPool) -> None:
     assert processes.run(4, collectives) == EXPECTED
 
 
+def test_processes_refuse_mismatched_types(processes: ProcessPool) -> None:
+    with pytest.raises(RuntimeError, match=r"call 0 is gloo:all_reduce\(Int\[2\]\) on rank 0"):
+        processes.run(2, mismatch, timeout=10)
+    with pytest.raises(RuntimeError, match="Detected mismatch"):
+        processes.run(2, mismatch, timeout=10, detail=True)
+    assert processes.run(4, collectives) == EXPECTED
+
+
 def test_processes_are_kept_and_the_server_has_one_thread(processes: ProcessPool) -> None:
     first = processes.run(8, whereabouts)
     second = processes.run(2, whereabouts)

@@ -23,14 +23,43 @@ FORBIDDEN = {
     ),
     "runtime": ("colocc.testing",),
 }
+# What of Megatron is imported outside of runtime/megatron, which alone knows its internals: groups
+# and their collections, a layer for its models, the random states that a CPU rank lacks.
+MEGATRON = {
+    "colocc/layout.py": {"parallel_state"},
+    "runtime/attention.py": {
+        "process_groups_config.ProcessGroupCollection",
+        "tensor_parallel.get_cuda_rng_tracker",
+        "transformer.enums.AttnMaskType",
+        "transformer.module.MegatronModule",
+    },
+    "runtime/cpu.py": {"tensor_parallel.random"},
+    "runtime/groups.py": {"parallel_state", "process_groups_config.ProcessGroupCollection"},
+}
+# Attributes of MimoModel, GPTModel and DDP.
+INTERNALS = {
+    "bucket_groups",
+    "ddp_config",
+    "language_model",
+    "partition_adapter",
+    "special_token_ids",
+}
 FILES = {room: sorted((ROOT / room).rglob("*.py")) for room in ("passes", "runtime", "colocc")}
 # glob does not follow the links inside colocc/, so colocc holds its own files only.
 FILES["colocc"] = [p for p in FILES["colocc"] if p.resolve() == p]
 
 
-def imported(source: str) -> Iterator[str]:
+class WithoutTypes(ast.NodeTransformer):
+    """Takes out what only a type checker reads."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        checked = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        return None if checked else self.generic_visit(node)
+
+
+def imported(source: str | ast.AST) -> Iterator[str]:
     """Every module and name that the source imports, dotted."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(source) if isinstance(source, str) else source):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -72,6 +101,33 @@ def test_imports_go_one_way(room: str) -> None:
     assert FILES[room], f"{room} has files"
     wrong = {str(p.relative_to(ROOT)): forbidden(p.read_text(), room) for p in FILES[room]}
     assert {path: names for path, names in wrong.items() if names} == {}
+
+
+def outside() -> Iterator[tuple[str, ast.AST]]:
+    """The files of the package that may not know Megatron's internals, parsed."""
+    for path in (path for room in FILES.values() for path in room):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith(("runtime/megatron/", "colocc/testing/")):
+            yield name, ast.parse(path.read_text())
+
+
+def test_one_room_knows_megatrons_internals() -> None:
+    found: dict[str, set[str]] = {}
+    for name, tree in outside():
+        for module in imported(WithoutTypes().visit(tree)):
+            if module.split(".")[0] == "megatron":
+                found.setdefault(name, set()).add(module.removeprefix("megatron.core."))
+    assert found == MEGATRON
+
+
+def test_one_room_reads_megatrons_attributes() -> None:
+    def read(tree: ast.AST) -> set[str]:
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        return names & INTERNALS
+
+    assert {name: read(tree) for name, tree in outside() if read(tree)} == {}
+    room = (ROOT / "runtime" / "megatron").glob("*.py")
+    assert set().union(*(read(ast.parse(path.read_text())) for path in room)) == INTERNALS
 
 
 def test_passes_load_no_runtime() -> None:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 import colocc
 from colocc.layout import Layout
-from colocc.passes.solve.plan import Plan, Step, length
+from colocc.passes.solve.boxes import length
+from colocc.passes.solve.plan import Plan, Step
 from colocc.passes.solve.solver import solve
 from colocc.runtime import cpu
 from colocc.runtime.groups import close_groups, open_groups

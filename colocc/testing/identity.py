@@ -14,6 +14,7 @@ import torch
 from colocc.errors import LayoutError
 from colocc.passes.solve.plan import Holding, Plan
 from colocc.runtime.data import cut_sequence
+from colocc.runtime.groups import device_of_messages
 from colocc.runtime.holdings import holding_of, sample_runs
 from colocc.runtime.parts import Run
 from colocc.runtime.redistribution import Redistribution
@@ -54,7 +55,7 @@ def check_identity(
         if not plan.dst.holds()[rank]:
             runs[plan.dst.module] = []
         held, wanted = (
-            _coded(plan, side, move, runs[side.module], batch_size, length)
+            _coded(plan, side, move, runs[side.module], batch_size, length).to(device_of_messages())
             for side in (plan.src, plan.dst)
         )
         where = f"{name} on rank {rank}"

@@ -94,20 +94,35 @@ def _whole(
     groups: Groups,
     value: Callable[[nn.Parameter], torch.Tensor | None],
 ) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
+    cut: dict[tuple[dist.ProcessGroup, torch.dtype], list[tuple[str, int]]] = {}
     for owner, module in modules.items():
         for name, weight in global_names(module):
             part = value(weight)
             if part is None:
                 continue
-            part = part.detach().clone()
+            found[f"{owner}.{name}"] = part.detach().clone()
             dim, tp = _slice_of(weight), _tp_of(weight, groups[owner])
             if dim is not None and tp.size() > 1:
-                parts = [torch.empty_like(part) for _ in range(tp.size())]
-                dist.all_gather(parts, part, group=tp)
-                part = torch.cat(parts, dim)
-            found[f"{owner}.{name}"] = part
+                cut.setdefault((tp, part.dtype), []).append((f"{owner}.{name}", dim))
+    for (tp, _), slices in cut.items():
+        found |= _joined([(name, dim, found[name]) for name, dim in slices], tp)
     return found
+
+
+def _joined(
+    slices: list[tuple[str, int, torch.Tensor]], tp: dist.ProcessGroup
+) -> dict[str, torch.Tensor]:
+    """The whole of each (name, the dim that is cut, this rank's part): all in one collective."""
+    mine = torch.cat([part.flatten() for _, _, part in slices])
+    ranks = [torch.empty_like(mine) for _ in range(tp.size())]
+    dist.all_gather(ranks, mine, group=tp)
+    sizes = [part.numel() for _, _, part in slices]
+    rows = zip(*(rank.split(sizes) for rank in ranks), strict=True)
+    return {
+        name: torch.cat([row.view(part.shape) for row in parts], dim)
+        for (name, dim, part), parts in zip(slices, rows, strict=True)
+    }
 
 
 def gradient_of(weight: nn.Parameter) -> torch.Tensor | None:

@@ -30,6 +30,7 @@ SETTINGS = {
 # One hardware queue, as Megatron wants it to overlap communication; messages that wait for each
 # other, as filled sends them, would deadlock in it.
 ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+MANY_QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 # How long the peers of a failed rank have to say what they saw.
 GRACE = 2.0
 Failed = dict[str, dict[str, str]]
@@ -139,7 +140,7 @@ def run(cases: list[Case], options: argparse.Namespace) -> str | None:
     with log.open("w") as file:
         command = [sys.executable, "-m", "examples.benchmark.worker", str(path)]
         filled = any(arm.startswith("filled") for case in cases for arm in case.arms)
-        settings = SETTINGS | ({} if filled else ONE_QUEUE)
+        settings = SETTINGS | (MANY_QUEUES if filled else ONE_QUEUE)
         code = launch(command, options.ranks, file, settings)
     return None if code == 0 else reason_of(log.read_text(), code)
 

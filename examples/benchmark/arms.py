@@ -14,7 +14,7 @@ from colocc.runtime import megatron
 from colocc.runtime.data import Batches
 from colocc.runtime.schedule import Chunks, Encoded, Schedule
 from examples.benchmark import model as models
-from examples.benchmark.cases import Case
+from examples.benchmark.cases import Case, family
 
 Batch = dict[str, Any]
 
@@ -38,19 +38,35 @@ def loss_per_token(logs: list[Any], collection: Any) -> float:
 class Shared:
     """One MimoModel with its optimizer and a step of data, for all arms that can share them."""
 
-    def __init__(self, case: Case, groups: Any, dtype: torch.dtype, overlap: bool) -> None:
+    def __init__(
+        self,
+        case: Case,
+        groups: Any,
+        dtype: torch.dtype,
+        overlap: bool,
+        *,
+        distributed: bool = True,
+    ) -> None:
         self.case, self.groups = case, groups
-        self.mimo = models.build_mimo(case.sizes, case.layouts, groups, dtype, overlap)
+        options = models.ddp_config(overlap=overlap, distributed=distributed)
+        self.mimo = models.build_mimo(case.sizes, case.layouts, groups, dtype, options)
         self.batches = batches_of(case, dtype)
         self.modules: dict[str, Any] = {
             "images": self.mimo.modality_submodules["images"],
             "language": self.mimo.language_model,
         }
-        self.config = optimizer_config(dtype)
+        self.config = optimizer_config(dtype, distributed=distributed)
         self.optimizer = megatron.mimo_optimizer(self.modules, groups, self.config)
 
     def compile(self, schedule: str) -> colocc.Program:
-        return colocc.compile(self.mimo, self.case.layouts, groups=self.groups, schedule=schedule)
+        schedule, graphs, _ = schedule.partition("+graphs")
+        return colocc.compile(
+            self.mimo,
+            self.case.layouts,
+            groups=self.groups,
+            schedule=schedule,
+            cuda_graphs=bool(graphs),
+        )
 
 
 def batches_of(case: Case, dtype: torch.dtype) -> list[Batch]:
@@ -58,7 +74,7 @@ def batches_of(case: Case, dtype: torch.dtype) -> list[Batch]:
     return models.make_batches(case.sizes, size, case.microbatches, dtype)
 
 
-def optimizer_config(dtype: torch.dtype) -> OptimizerConfig:
+def optimizer_config(dtype: torch.dtype, *, distributed: bool = True) -> OptimizerConfig:
     """Adam that does all its work and moves nothing, so that every step sees the same weights."""
     return OptimizerConfig(
         optimizer="adam",
@@ -67,7 +83,7 @@ def optimizer_config(dtype: torch.dtype) -> OptimizerConfig:
         clip_grad=1.0,
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=distributed,
     )
 
 
@@ -154,7 +170,9 @@ class FirstStage(Arm):
 
     def __init__(self, case: Case, groups: Any, layers: int, dtype: torch.dtype, overlap: bool):
         self.case, self.groups = case, groups["language"]
-        module = models.build_first_stage(case.sizes, self.groups, dtype, layers, overlap)
+        module = models.build_first_stage(
+            case.sizes, self.groups, dtype, layers, models.ddp_config(overlap=overlap)
+        )
         self.modules = [module]
         self.optimizer = get_megatron_optimizer(
             config=optimizer_config(dtype),
@@ -202,11 +220,13 @@ def _scheduled(case: Case, stage: Any, forward_step: Any, groups: Any, batches: 
 class _Part(Arm):
     """One module alone, with its own optimizer."""
 
-    def __init__(self, shared: Shared, name: str, at_once: int | None) -> None:
+    def __init__(
+        self, shared: Shared, name: str, at_once: int | None, schedule: str = "three_phase"
+    ) -> None:
         self.shared, self.name = shared, name
         self.modules = [shared.modules[name]]
         self.optimizer = shared.optimizer.module_infos[name].optimizer
-        self.program = shared.compile("three_phase")
+        self.program = shared.compile(schedule)
         chunks = Schedule("lookahead", at_once).chunks(shared.case.microbatches)
         self.chunks = [self._batches(chunk) for chunk in chunks]
 
@@ -256,8 +276,8 @@ class LanguageOnly(_Part):
 class EncoderOnly(_Part):
     """Encoder and redistribution, forward and backward, from gradients of one."""
 
-    def __init__(self, shared: Shared, at_once: int | None) -> None:
-        super().__init__(shared, "images", at_once)
+    def __init__(self, shared: Shared, at_once: int | None, *, graphs: bool) -> None:
+        super().__init__(shared, "images", at_once, "three_phase" + "+graphs" * graphs)
 
     def forward_backward(self) -> list[Any]:
         chunks = Chunks(self.program, self.chunks, train=True)
@@ -279,14 +299,21 @@ def opened(
     dtype: torch.dtype,
     overlap: bool,
     note: Callable[[str], object],
+    *,
+    distributed: bool = True,
 ) -> Iterator[dict[str, Arm]]:
     """The ``arms`` of one ``family``, built; inside, they share weights, data and groups.
 
-    ``note`` gets the name of each arm before it is built.
+    ``note`` gets the name of each arm before it is built. ``distributed``: the optimizer is, so
+    each rank holds its part of the reduced gradients.
     """
     found: dict[str, Arm] = {}
+    kind = family(arms[0])
+    case = case.homogeneous() if kind == "homogeneous" else case
     with colocc.process_groups(case.layouts) as groups:
-        shared = None if arms[0].startswith("first_stage") else Shared(case, groups, dtype, overlap)
+        shared = None
+        if kind != "first_stage":
+            shared = Shared(case, groups, dtype, overlap, distributed=distributed)
         try:
             for name in arms:
                 note(name)
@@ -299,11 +326,6 @@ def opened(
                 shared.mimo.destroy()
 
 
-def family(arm: str) -> str:
-    """Arms of one family share a model; two families may not fit on a GPU at once."""
-    return arm if arm.startswith("first_stage") else "shared"
-
-
 def _build(
     name: str, case: Case, groups: Any, shared: Shared | None, dtype: torch.dtype, overlap: bool
 ) -> Arm:
@@ -314,6 +336,11 @@ def _build(
         return Megatron(shared)
     if kind == "language_only":
         return LanguageOnly(shared)
-    if kind == "encoder_only":
-        return EncoderOnly(shared, int(number) if number else None)
+    if kind == "homogeneous":
+        return Colocc(shared, number or "three_phase")
+    if kind.removesuffix("+graphs") == "encoder_only":
+        at_once, _, _ = number.partition("+")
+        return EncoderOnly(
+            shared, int(at_once) if at_once else None, graphs=name.endswith("+graphs")
+        )
     return Colocc(shared, name)

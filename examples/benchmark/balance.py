@@ -13,7 +13,7 @@ import numpy as np
 
 from colocc.layout import Layout
 from colocc.passes.solve.balance import Units, balanced, imbalance, loads, units_between
-from colocc.passes.solve.plan import Counts
+from colocc.passes.solve.boxes import Counts
 from colocc.passes.solve.slots import savings
 from colocc.runtime.rows import units_of
 

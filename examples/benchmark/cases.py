@@ -5,11 +5,14 @@ Arms:
     three_phase        colocc, and so for every schedule that compile() knows: lookahead=2 ...
     language_only      the language module alone, fed with embeddings that are at hand
     encoder_only=k     the encoder and the redistribution alone, k microbatches at once (all)
+    homogeneous        three_phase with the encoder on the language module's layout
     first_stage=n      the encoder inside the first pipeline stage, beside n of the language
                        layers (the same number as on other stages), in Megatron's schedule
+
+``+graphs`` behind an arm of colocc's replays the encoder as CUDA graphs.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from colocc import Layout
@@ -66,6 +69,10 @@ class Model:
 MODELS = {
     "0.3B + 2.7B": Model(Tower(24, 1024, 16), Tower(32, 2560, 20)),
     "2.0B + 1.3B": Model(Tower(40, 2048, 16), Tower(24, 2048, 16)),
+    "1.0B + 6.7B": Model(Tower(24, 1920, 20), Tower(32, 4096, 32)),
+    "1.0B + 6.7B, 32k": Model(
+        Tower(24, 1920, 20), Tower(32, 4096, 32), length=32768, patches=16384
+    ),
     "tiny": Model(
         Tower(2, 32, 4), Tower(4, 32, 4), length=24, patches=8, features=12, vocabulary=96
     ),
@@ -91,6 +98,10 @@ class Case:
     def sizes(self) -> Model:
         return MODELS[self.model]
 
+    def homogeneous(self) -> "Case":
+        """The same with the encoder on the language module's layout."""
+        return replace(self, images=self.language)
+
     def flops(self, arm: str) -> int:
         """The floating point operations of a step that ``arm`` must run, on all ranks together."""
         images, language = (
@@ -114,24 +125,37 @@ class Case:
         return cls(**(found | {"arms": tuple(found["arms"])}))
 
 
+def family(arm: str) -> str:
+    """Arms of one family share a model; two families may not fit on a GPU at once."""
+    kind = arm.partition("=")[0]
+    return kind if kind in ("first_stage", "homogeneous") else "shared"
+
+
 ALONE = ("language_only", "encoder_only")
 AHEAD = ("lookahead=1", "lookahead=2", "three_phase")
+GRAPHS = ("lookahead=1+graphs", "three_phase+graphs")
 PIPELINED = ("three_phase", "filled", *ALONE)
+COLOCATED = ("megatron", "lookahead=1", "three_phase", *ALONE, "homogeneous")
+FILLED = ("three_phase", "three_phase+graphs", "filled=1", "filled=1+graphs", *ALONE)
 SMALL, LARGE = "0.3B + 2.7B", "2.0B + 1.3B"
+BIG, LONG = "1.0B + 6.7B", "1.0B + 6.7B, 32k"
 
 
 def _pp1(model: str, images: str, language: str, batch: int = 16) -> Case:
-    return Case(model, images, language, batch, 4, ("megatron", *AHEAD, *ALONE))
+    """With graphs where the encoder has no collectives inside."""
+    graphs = GRAPHS if Layout.parse(images).tp == 1 else ()
+    return Case(model, images, language, batch, 4, ("megatron", *AHEAD, *graphs, *ALONE))
 
 
 def _pp2(model: str, batch: int, microbatches: int) -> Case:
-    """With filled in every number of portions, and the encoder inside the first stage beside half
-    of the layers, and balanced."""
+    """With filled in every number of portions, with and without graphs, and the encoder inside the
+    first stage beside half of the layers, and balanced."""
     sizes = MODELS[model]
     counts = (sizes.language.layers // 2, sizes.layers_beside_the_encoder())
     inside = tuple(f"first_stage={count}" for count in counts)
-    filled = tuple(f"filled={count}" for count in range(1, 1 + batch // microbatches))
-    arms = ("three_phase", *filled, *ALONE, *inside)
+    portions = tuple(f"filled={count}+graphs" for count in range(1, 1 + batch // microbatches))
+    filled = ("three_phase+graphs", "filled=1", *portions)
+    arms = ("three_phase", *filled, *ALONE, "encoder_only+graphs", *inside)
     return Case(model, "tp1 dp2", "tp1 pp2", batch, microbatches, arms)
 
 
@@ -143,6 +167,7 @@ SETS: dict[str, tuple[Case, ...]] = {
     "tiny": (
         Case("tiny", "tp1 dp2", "tp2", 8, 4, ("megatron", *AHEAD, *ALONE)),
         Case("tiny", "tp1 dp2", "tp1 pp2", 8, 4, (*PIPELINED, "first_stage=1")),
+        Case("tiny", "tp1 dp2", "cp2 zigzag", 8, 4, ("three_phase", *ALONE, "homogeneous")),
     ),
     "pp1": (
         _pp1(LARGE, "tp1 dp2", "tp2", batch=8),
@@ -154,6 +179,25 @@ SETS: dict[str, tuple[Case, ...]] = {
         _pp1(SMALL, "tp1 dp2", "tp1 dp2"),
     ),
     "pp2": (_pp2(LARGE, 8, 4), _pp2(SMALL, 8, 4), _pp2(LARGE, 8, 8), _pp2(SMALL, 16, 8)),
+    "cp2": (
+        Case(LARGE, "tp1 dp2", "cp2 zigzag", 8, 4, ("three_phase", *ALONE, "homogeneous")),
+        Case(SMALL, "tp1 dp2", "cp2 zigzag", 16, 4, ("three_phase", *ALONE, "homogeneous")),
+    ),
+    "four": (
+        Case(BIG, "tp2 dp2", "tp4", 16, 4, COLOCATED),
+        Case(BIG, "tp1 dp4", "tp4", 16, 4, (*COLOCATED, "three_phase+graphs")),
+        Case(BIG, "tp1 dp4", "tp2 pp2", 16, 8, FILLED),
+        Case(BIG, "tp1 dp4", "tp1 pp4", 16, 8, FILLED),
+    ),
+    "eight": (
+        Case(BIG, "tp2 dp4", "tp4 dp2", 32, 4, COLOCATED),
+        Case(BIG, "tp1 dp8", "tp8", 32, 4, (*COLOCATED, "three_phase+graphs")),
+        Case(BIG, "tp1 dp8", "tp2 pp2 dp2", 32, 8, FILLED),
+        Case(BIG, "tp1 dp8", "tp2 pp4", 32, 16, FILLED),
+        Case(BIG, "tp1 dp8", "tp1 pp8", 32, 16, FILLED),
+        Case(LONG, "tp1 dp8", "tp2 cp4 zigzag", 8, 1, ("three_phase", *ALONE, "homogeneous")),
+        Case(LONG, "tp1 dp8", "cp8 zigzag", 8, 1, ("three_phase", *ALONE, "homogeneous")),
+    ),
     # Where three_phase ran out of memory.
     "held": (
         _held(LARGE, 16, 4, "filled=4,3"),

@@ -47,14 +47,21 @@ class Encoder(MegatronModule):
 
 
 def config_of(
-    tower: Tower, groups: ProcessGroupCollection, dtype: torch.dtype, **options: Any
+    tower: Tower,
+    groups: ProcessGroupCollection,
+    dtype: torch.dtype,
+    *,
+    whole: bool = False,
+    **options: Any,
 ) -> TransformerConfig:
+    """``whole``: each cp rank computes whole sequences, as MimoModel has encoders do."""
     return TransformerConfig(
         num_layers=tower.layers,
         hidden_size=tower.hidden,
         num_attention_heads=tower.heads,
         tensor_model_parallel_size=groups.tp.size(),
         pipeline_model_parallel_size=groups.pp.size(),
+        context_parallel_size=1 if whole else groups.cp.size(),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=dtype is torch.bfloat16,
@@ -87,12 +94,16 @@ def language_spec(
 
 @quiet()
 def build_mimo(
-    model: Model, layouts: Mapping[str, Layout], groups: Groups, dtype: torch.dtype, overlap: bool
+    model: Model,
+    layouts: Mapping[str, Layout],
+    groups: Groups,
+    dtype: torch.dtype,
+    ddp: DistributedDataParallelConfig,
 ) -> MimoModel:
     """Megatron's MimoModel on this rank, each module in a DDP of its own; at pp1 with the
     communicators that Megatron builds from the grids."""
     configs = {
-        "images": config_of(model.images, groups["images"], dtype),
+        "images": config_of(model.images, groups["images"], dtype, whole=True),
         "language": config_of(model.language, groups["language"], dtype),
     }
     encoder = ModuleSpec(
@@ -108,6 +119,8 @@ def build_mimo(
         name: HyperCommGrid([layout.tp, layout.dp], ["tp", "dp"])
         for name, layout in layouts.items()
     }
+    # Megatron's own communicators know tp and dp.
+    apart = layouts["language"].pp == layouts["language"].cp == 1
     mimo = MimoModel(
         MimoModelConfig(
             language_model_spec=language_spec(model, configs["language"], groups["language"]),
@@ -119,18 +132,20 @@ def build_mimo(
                 )
             },
             special_token_ids={"images": model.vocabulary - 1},
-            module_to_grid_map=grids if layouts["language"].pp == 1 else None,
-        )
+            module_to_grid_map=grids if apart else None,
+        ),
+        cp_group=groups["language"].cp,
+        tp_group=groups["language"].tp,
     )
     mimo.model_type = mimo.language_model.model_type  # Megatron's schedules ask for it
     mimo.to(torch.cuda.current_device(), dtype=dtype)
     fill(mimo.modality_submodules["images"], groups["images"])
     fill(mimo.language_model, groups["language"])
     mimo.modality_submodules["images"] = data_parallel(
-        mimo.modality_submodules["images"], configs["images"], groups["images"], overlap
+        mimo.modality_submodules["images"], configs["images"], groups["images"], ddp
     )
     mimo.language_model = data_parallel(
-        mimo.language_model, configs["language"], groups["language"], overlap
+        mimo.language_model, configs["language"], groups["language"], ddp
     )
     return mimo
 
@@ -186,7 +201,11 @@ def _one_stage(groups: ProcessGroupCollection) -> ProcessGroupCollection:
 
 @quiet()
 def build_first_stage(
-    model: Model, groups: ProcessGroupCollection, dtype: torch.dtype, layers: int, overlap: bool
+    model: Model,
+    groups: ProcessGroupCollection,
+    dtype: torch.dtype,
+    layers: int,
+    ddp: DistributedDataParallelConfig,
 ) -> DistributedDataParallel:
     """FirstStage on this rank with ``layers`` language layers beside the encoder."""
     config = config_of(model.language, groups, dtype, num_layers_in_first_pipeline_stage=layers)
@@ -195,20 +214,26 @@ def build_first_stage(
     if stage.images is not None:
         fill(stage.images, groups, "encoders.vit.")
     fill(stage.language, groups)
-    return data_parallel(stage, config, groups, overlap)
+    return data_parallel(stage, config, groups, ddp)
 
 
 def data_parallel(
     module: torch.nn.Module,
     config: TransformerConfig,
     groups: ProcessGroupCollection,
-    overlap: bool,
+    ddp: DistributedDataParallelConfig,
 ) -> DistributedDataParallel:
-    """The module in Megatron's DDP with the distributed optimizer, gradients summed in fp32."""
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap
+    """The module in Megatron's DDP."""
+    return DistributedDataParallel(config, ddp, module, pg_collection=groups)
+
+
+def ddp_config(*, overlap: bool, distributed: bool = True) -> DistributedDataParallelConfig:
+    """Gradients summed in fp32, for the distributed optimizer or whole on every rank."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=overlap,
     )
-    return DistributedDataParallel(config, ddp_config, module, pg_collection=groups)
 
 
 def fill(module: torch.nn.Module, groups: ProcessGroupCollection, prefix: str = "") -> None:

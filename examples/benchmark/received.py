@@ -13,8 +13,9 @@ from fractions import Fraction
 from math import prod
 
 from colocc.layout import Layout
+from colocc.passes.solve.boxes import Box, length, overlap
 from colocc.passes.solve.check import check
-from colocc.passes.solve.plan import Box, Plan, length, overlap
+from colocc.passes.solve.plan import Plan
 from colocc.passes.solve.solver import solve
 from colocc.sequence import axes_of
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from examples.benchmark.cases import Case
+from examples.benchmark.cases import Case, family
 from examples.benchmark.predicted import table as predicted
 
 mpl.use("Agg")
@@ -34,7 +34,7 @@ def ratio(result: Result, arm: str, base: str) -> tuple[float, float] | None:
     if median(result, arm) is None or median(result, base) is None:
         return None
     ones, others = (result["arms"][name]["seconds"] for name in (arm, base))
-    if arm.startswith("first_stage") != base.startswith("first_stage"):
+    if family(arm) != family(base):
         others = [statistics.median(others)] * len(ones)
     ratios = [one / other for one, other in zip(ones, others, strict=True)]
     return statistics.median(ratios), _half_spread(ratios)
@@ -121,6 +121,11 @@ def table(result: Result) -> str:
             f"Encoder {encoder / (encoder + language):.1%} of the time of both alone, "
             f"T* = {best:.3f} s.",
         ]
+    if language is not None and encoder is not None and "homogeneous" in result["arms"]:
+        # Each cp rank encodes every sample, each tp rank its part of all.
+        copies = case.homogeneous().layouts["images"].cp
+        predicted = (language + copies * encoder) / (language + encoder)
+        lines.append(f"homogeneous / three_phase by the times of both alone: {predicted:.3f}.")
     lines += [
         f"{arm}: {found['launches']} kernels launched, {found['waits']} waits for the GPU, which "
         f"computed {found['computing']:.3f} s and was busy {found['busy']:.3f} s."

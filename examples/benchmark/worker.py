@@ -17,8 +17,8 @@ from torch._C._distributed_c10d import FileStore
 from torch.distributed import distributed_c10d
 
 from colocc.runtime import cpu
-from examples.benchmark.arms import Arm, family, loss_per_token, opened
-from examples.benchmark.cases import Case
+from examples.benchmark.arms import Arm, loss_per_token, opened
+from examples.benchmark.cases import Case, family
 from examples.benchmark.multi_tensor import use_multi_tensor
 from examples.benchmark.profiled import profiled
 

@@ -23,7 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from colocc.layout import Layout
-from colocc.passes.solve.plan import Counts
+from colocc.passes.solve.boxes import Counts
 from colocc.passes.solve.slots import slots_of
 
 

@@ -39,10 +39,11 @@ from numpy.typing import NDArray
 from colocc.errors import VerifyError
 from colocc.layout import Layout
 from colocc.passes.solve import walk
+from colocc.passes.solve.cells import Pieces, differs, with_summands
 from colocc.passes.solve.ends import ALL_DIMS, End, Ints, check_holding, expected_grid
 from colocc.passes.solve.forms import check_forms
 from colocc.passes.solve.plan import Plan, Step
-from colocc.passes.solve.walk import COMMUNICATES, Pieces, State
+from colocc.passes.solve.walk import COMMUNICATES, State
 from colocc.types import ITEMSIZE, UNKNOWN, Type
 
 SHOWN = 8
@@ -139,7 +140,7 @@ def _check_direction(
             cost += _cost(step, taken, state)
             _check_lanes(step, state, first, start, plan.ranks_per_node)
             state = after
-        need = walk.with_summands(boxes, 0, start.summands)
+        need = with_summands(boxes, 0, start.summands)
         _check_end(plan, state, need, end, start.summands)
         total = need.total(ranks)
         lack = total - walk.shared(need, first)
@@ -163,9 +164,9 @@ def _check_end(plan: Plan, state: State, need: Pieces, end: End, summands: int) 
     wrong = np.flatnonzero(end.place != end.place[stands])[:1].tolist()
     keep = (stands == ranks)[need.owner]
     wanted = need.take(keep, state.buffer[need.owner[keep]])
-    differs = walk.differs(state.pieces, wanted, buffers)
-    if differs is not None:
-        wrong.append(int(first[differs]))
+    other = differs(state.pieces, wanted, buffers)
+    if other is not None:
+        wrong.append(int(first[other]))
     if not wrong:
         return
     rank = min(wrong)

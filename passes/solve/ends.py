@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from colocc.errors import VerifyError
 from colocc.layout import Layout
-from colocc.passes.solve.plan import Holding, Intervals, Part
+from colocc.passes.solve.boxes import Intervals
+from colocc.passes.solve.plan import Holding, Part
 
 Ints = NDArray[np.int64]
 CUT = {

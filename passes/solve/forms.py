@@ -23,8 +23,9 @@ import sympy
 
 from colocc.errors import VerifyError
 from colocc.layout import Layout
+from colocc.passes.solve.boxes import Intervals
 from colocc.passes.solve.ends import Ints, coordinate, cutting_axes, number, sequence
-from colocc.passes.solve.plan import Holding, Intervals, Plan
+from colocc.passes.solve.plan import Holding, Plan
 
 Tree = int | str | tuple[str, "Tree", "Tree"]
 TOKEN = re.compile(r"\s*(\d{1,9}|[A-Za-z_][\w.]*|//|[%*+()])")

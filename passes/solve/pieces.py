@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocc.layout import Layout
-from colocc.passes.solve.plan import Counts, Holding, Part
+from colocc.passes.solve.boxes import Counts
+from colocc.passes.solve.plan import Holding, Part
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from colocc.errors import LayoutError
-from colocc.passes.solve.plan import Box, Plan, Step, length, pieces
+from colocc.passes.solve.boxes import Box, length, pieces
+from colocc.passes.solve.plan import Plan, Step
 
 Corners = tuple[tuple[int, ...], tuple[int, ...]]
 Fragment = tuple[Corners, np.ndarray]

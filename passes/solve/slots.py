@@ -22,7 +22,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from colocc.layout import Layout
-from colocc.passes.solve.plan import Counts, Interval, Intervals
+from colocc.passes.solve.boxes import Counts, Interval, Intervals
 from colocc.sequence import axes_of, cuts, part_of
 
 # A table with more entries is solved over the pairs of slot and replica that share a rank.

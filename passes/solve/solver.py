@@ -30,11 +30,13 @@ import numpy as np
 import sympy
 
 from colocc.errors import LayoutError
-from colocc.layout import RANK, Layout, closed_form
+from colocc.layout import Layout
+from colocc.passes.solve.boxes import Counts
 from colocc.passes.solve.pieces import Pieces, elementary, pieces_of, places_of
-from colocc.passes.solve.plan import Counts, Holding, Moves, Part, Plan, Step, received
+from colocc.passes.solve.plan import Holding, Moves, Part, Plan, Step, received
 from colocc.passes.solve.slots import refine, replicas, slots_of
 from colocc.passes.solve.two_level import copies, split
+from colocc.ranks import RANK, closed_form
 from colocc.sequence import axes_of, cuts, form
 from colocc.types import Type
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from colocc.passes.solve.plan import Array, Counts, Moves
+from colocc.passes.solve.boxes import Array, Counts
+from colocc.passes.solve.plan import Moves
 
 
 def copies(moves: Moves, ranks_per_node: int) -> int:

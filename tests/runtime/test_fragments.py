@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from colocc.layout import Layout
-from colocc.passes.solve.plan import Box
+from colocc.passes.solve.boxes import Box
 from colocc.passes.solve.solver import solve
 from colocc.runtime.fragments import Cut, box_of, held, join, locate, merged, runs_of, shape_of
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from colocc.layout import Layout
 from colocc.passes.solve.balance import balanced, imbalance, loads, units_between
-from colocc.passes.solve.plan import Counts
+from colocc.passes.solve.boxes import Counts
 from colocc.passes.solve.slots import savings, slots_of
 from colocc.runtime.rows import units_of
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from colocc.errors import VerifyError
-from colocc.layout import Layout, closed_form
+from colocc.layout import Layout
 from colocc.passes.solve.forms import Digits, NotNestedError, check_forms, evaluate, parse
 from colocc.passes.solve.plan import Plan
 from colocc.passes.solve.solver import solve
+from colocc.ranks import closed_form
 from colocc.sequence import form
 from tests.passes.solve.pairs import SEQUENCE, cut, layouts
 

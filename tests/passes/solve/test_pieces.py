@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from colocc.layout import Layout
+from colocc.passes.solve.boxes import overlap
 from colocc.passes.solve.pieces import pieces_of, places_of
-from colocc.passes.solve.plan import Holding, overlap
+from colocc.passes.solve.plan import Holding
 from colocc.passes.solve.solver import holdings
 from tests.passes.solve.pairs import SEQUENCE
 

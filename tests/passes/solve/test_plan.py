@@ -5,38 +5,12 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from colocc.errors import LayoutError
 from colocc.layout import Layout
-from colocc.passes.solve.plan import (
-    Holding,
-    Moves,
-    Part,
-    Plan,
-    Step,
-    length,
-    overlap,
-    pieces,
-    volume,
-)
+from colocc.passes.solve.plan import Holding, Moves, Part, Plan, Step
 from colocc.passes.solve.solver import solve
 from colocc.types import Type
-
-intervals = st.lists(st.integers(0, 40), max_size=8, unique=True).map(
-    lambda ends: tuple(zip(*[iter(sorted(ends)[: len(ends) // 2 * 2])] * 2, strict=True))
-)
-
-
-@given(intervals, intervals)
-def test_length_and_overlap_count_units(
-    left: tuple[tuple[int, int], ...], right: tuple[tuple[int, int], ...]
-) -> None:
-    a = {unit for start, stop in left for unit in range(start, stop)}
-    b = {unit for start, stop in right for unit in range(start, stop)}
-    assert length(left) == len(a)
-    assert overlap(left, right) == overlap(right, left) == len(a & b)
 
 
 def moves(*rows: tuple[int, int, int, int]) -> Moves:
@@ -59,14 +33,6 @@ def test_moves_are_equal_by_value() -> None:
     assert left != moves((0, 1, 0, 1), (1, 0, 1, 3))
     assert len(Moves.none(2)) == 0
     assert Moves.none(2).low.shape == (0, 2)
-
-
-def test_the_pieces_of_a_box_are_products_of_its_intervals() -> None:
-    box = (((0, 1), (2, 3)), ((4, 6),))
-    assert list(pieces(box)) == [((0, 4), (1, 6)), ((2, 4), (3, 6))]
-    assert volume(box) == 4
-    assert list(pieces(())) == []
-    assert volume(()) == 0
 
 
 SEQUENCE = Part(("tp", "cp"), (((0, 1),), ((1, 2),), ((2, 3),), ((3, 4),)))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from colocc.layout import Layout
+from colocc.passes.solve.boxes import length, overlap
 from colocc.passes.solve.check import check
-from colocc.passes.solve.plan import Holding, Plan, Step, length, overlap
+from colocc.passes.solve.plan import Holding, Plan, Step
 from colocc.passes.solve.solver import solve
 
 EDGES = [

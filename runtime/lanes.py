@@ -1,0 +1,64 @@
+"""Two streams of a GPU: the pipeline's tasks go first, the encoders' run behind and beside them.
+
+A stage's language tasks and its encoders' work are two lists, each in the order of the timeline. On
+streams of their own neither waits for the other but by an event, and the GPU gives the encoder what
+the pipeline leaves free: whole bubbles, and what its small kernels do not fill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+class Lanes:
+    """The streams of one step; without a GPU, or if not ``apart``, there is one, the current."""
+
+    def __init__(self, streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None) -> None:
+        self._streams = streams
+        if streams is not None:
+            current = torch.cuda.current_stream()
+            for stream in streams:
+                stream.wait_stream(current)
+
+    @staticmethod
+    def streams() -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """The pipeline's and the encoders' stream of the current GPU."""
+        low, high = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]
+        return torch.cuda.Stream(priority=high), torch.cuda.Stream(priority=low)
+
+    def pipeline(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, the pipeline's stream is the current one."""
+        return self._on(0)
+
+    def encoders(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, the encoders' stream is the current one."""
+        return self._on(1)
+
+    def _on(self, which: int) -> contextlib.AbstractContextManager[object]:
+        if self._streams is None:
+            return contextlib.nullcontext()
+        return torch.cuda.stream(self._streams[which])
+
+    def mark(self) -> torch.cuda.Event | None:
+        """This point of the current stream."""
+        return None if self._streams is None else torch.cuda.current_stream().record_event()
+
+    @staticmethod
+    def take(tensor: torch.Tensor, mark: torch.cuda.Event | None) -> torch.Tensor:
+        """``tensor``, made on the other stream before ``mark``, for use on the current one."""
+        if mark is not None:
+            torch.cuda.current_stream().wait_event(mark)
+            tensor.record_stream(torch.cuda.current_stream())
+        return tensor
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """What runs inside on the streams is done for what comes after on the current one."""
+        try:
+            yield
+        finally:
+            for stream in self._streams or ():
+                torch.cuda.current_stream().wait_stream(stream)

@@ -1,0 +1,58 @@
+"""All that colocc knows of megatron-core's internals (0.19): what the rest of it asks of them."""
+
+from colocc.runtime.megatron.engine import (
+    Stage,
+    add_gradient,
+    finish_gradients,
+    gather_parameters,
+    global_tokens,
+    main_gradient,
+    mimo_optimizer,
+    no_sync,
+    prepare_buffers,
+    reduction_of,
+    require_ddp,
+    run_schedule,
+    scale_gradients,
+    start_reductions,
+    uncapturable,
+    unwrapped,
+)
+from colocc.runtime.megatron.glue import MergeInPart, QuietGlue
+from colocc.runtime.megatron.mimo import (
+    batch_dims_of,
+    check_sequence,
+    cut_angles,
+    is_mimo,
+    no_rows,
+    optional_inputs,
+    traits_of,
+)
+
+__all__ = [
+    "MergeInPart",
+    "QuietGlue",
+    "Stage",
+    "add_gradient",
+    "batch_dims_of",
+    "check_sequence",
+    "cut_angles",
+    "finish_gradients",
+    "gather_parameters",
+    "global_tokens",
+    "is_mimo",
+    "main_gradient",
+    "mimo_optimizer",
+    "no_rows",
+    "no_sync",
+    "optional_inputs",
+    "prepare_buffers",
+    "reduction_of",
+    "require_ddp",
+    "run_schedule",
+    "scale_gradients",
+    "start_reductions",
+    "traits_of",
+    "uncapturable",
+    "unwrapped",
+]
