@@ -206,7 +206,7 @@ class Program:
 
         ``batch_size`` is the samples of one global microbatch. What an encoder reads depends on
         the schedule: it cuts the microbatches that are encoded at once. ``rows`` gives, of modules
-        of a MimoModel, the placeholders of each sample of each microbatch: with ``balance`` the
+        that encode items, the placeholders of each sample of each microbatch: with ``balance`` the
         samples are dealt to slots by them, and it must be given.
         """
         who = self.rank if rank is None else rank
@@ -222,7 +222,7 @@ class Program:
         return step_samples(self.graph, chunks, batch_size, who, counts)
 
     def imbalance(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-        """For each encoder of a MimoModel, the most rows of a slot over the mean in a step of these
+        """For each encoder of items, the most rows of a slot over the mean in a step of these
         microbatches: with the samples in order, and as ``balance`` deals them."""
         intake = self._ready()
         before, given = intake.learned.copy(), list(batches)

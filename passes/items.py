@@ -67,7 +67,7 @@ def one_item_each(
 
     Raises: CaptureError for an example without an item, or whose items cannot be told apart.
     """
-    found = dict(example_inputs)
+    found = _plain(example_inputs)
     streams: dict[str, Places] = {}
     for name in batch_dims:
         stream = items_of(batch_dims, name)
@@ -79,7 +79,7 @@ def one_item_each(
             )
             streams[stream] = Places(stream, (), names, stated=stream in rows)
     for stream, places in streams.items():
-        given = places.given(example_inputs)
+        given = places.given(found)
         item = _one_item(stream, given, rows.get(stream))
         alike = pytree.tree_map(
             lambda leaf: leaf.repeat(samples, *[1] * (leaf.dim() - 1)) if _holds(leaf) else leaf,
@@ -89,6 +89,11 @@ def one_item_each(
         whole = not any(leaf.is_meta for leaf in pytree.tree_leaves(item) if _holds(leaf))
         streams[stream] = replace(places, template=item if whole else None)
     return found, streams
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with every mapping in it a dict."""
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _holds(value: Any) -> bool:
@@ -226,17 +231,20 @@ def _register(
     stream = places.items
     held = [n for n in graph.fx.nodes if n.meta.get("items") == stream and n.op != "output"]
     modules = [n for n in graph.layouts if n != graph.sink and _makes(held, n)]
-    if stream not in modules:
-        raise CaptureError(
-            f"batch_dims has Items({stream!r}), and that is no module that encodes these inputs on "
-            f"a layout of its own: {', '.join(modules) or 'none does'}. Name one of those."
-        )
     if found is None:
         raise CaptureError(
             f"{graph.name} never puts the rows that {stream} makes of its items into samples, so "
             f"nothing says which belong to which. {REMEDY} Or give every sample equally many: "
             "colocc.Rows()."
         )
+    if stream not in modules:
+        raise CaptureError(
+            f"batch_dims has Items({stream!r}), and that is no module that encodes these inputs on "
+            f"a layout of its own: {', '.join(modules) or 'none does'}. Name one of those."
+        )
+    for name in (*(n for n in modules if graph.layouts[n].sp), graph.sink):
+        if axes_of(graph.layouts[name]):
+            raise LayoutError(_whole_sequences(graph, stream, name))
     scatter, mask, each = found
     for node in graph.fx.nodes:
         if node.meta["module"] in modules and _splits(node) and node.meta.get("items") is None:
@@ -244,12 +252,25 @@ def _register(
                 f"{node.meta['line'] or node.name}: {node.meta['module']} encodes items of "
                 f"{stream}, and {node.name} holds samples. Give it a module of its own."
             )
+    for name in graph.rows.keys() & set(modules):
+        raise CaptureError(
+            f"{name} encodes items of {graph.rows[name].items} and of {stream}: Items() of all its "
+            "inputs name one module, and these hold one kind of item"
+        )
     graph.rows |= {n: replace(places, mask=mask, each=each) for n in modules}
     assert graph.guards is not None
     rows = "what rows= says" if places.stated else f"{graph.guards.shown(each)} times"
     graph.notes.append(
         f"a sample has any number of items of {stream} ({', '.join(places.names or ())}); "
         f"{mask.name} is true {rows} for each, {scatter.meta['line']}"
+    )
+
+
+def _whole_sequences(graph: Graph, stream: str, name: str) -> str:
+    return (
+        f"{name} ({graph.layouts[name]}) cuts sequences, and the items of {stream} have different "
+        "numbers of rows in each sample: a recorded model puts them into whole sequences. Leave cp "
+        f"and sp out of {name}."
     )
 
 
@@ -264,15 +285,8 @@ def entries(graph: Graph, node: fx.Node, reader: str) -> Entries:
     """
     stream, module, found = node.meta["items"], node.meta["module"], first_type(node.meta["types"])
     places = graph.rows[module]
-    parts = found is not None and found.sequence is not None and axes_of(graph.layouts[module])
-    ends = ((module, parts or graph.layouts[module].sp), (reader, axes_of(graph.layouts[reader])))
-    for name, cut in ends:
-        if cut:
-            raise LayoutError(
-                f"{name} ({graph.layouts[name]}) cuts sequences, and the items of {stream} have "
-                "different numbers of rows in each sample: a recorded model puts them into whole "
-                f"sequences. Leave cp and sp out of {name}."
-            )
+    if found is not None and found.sequence is not None and axes_of(graph.layouts[module]):
+        raise LayoutError(_whole_sequences(graph, stream, module))
     if reader != graph.sink:
         raise LayoutError(
             f"{reader} ({graph.layouts[reader]}) reads items of {stream} from {module} "

@@ -87,18 +87,19 @@ def _bridge(graph: Graph, node: fx.Node, module: str, ranks_per_node: int | None
         value=value if isinstance(value, Type) else None,
         ranks_per_node=None if rows else ranks_per_node,
     )
+    if not isinstance(value, Type) and (plan.moves or (rows and "items" in node.meta)):
+        raise LayoutError(
+            f"{users[0].name} on {module} ({dst}) reads {node.name} of {source} ({src}), which "
+            "is not one "
+            f"tensor. Read its parts one by one, or give {source} and {module} one layout."
+        )
     if "items" in node.meta and (rows or plan.moves):
         node.meta["entries"] = entries(graph, node, module)
     if rows:
         node.meta["rows"] = plan
     if not plan.moves:
         return
-    if not isinstance(value, Type):
-        raise LayoutError(
-            f"{users[0].name} on {module} ({dst}) reads {node.name} of {source} ({src}), which "
-            "is not one "
-            f"tensor. Read its parts one by one, or give {source} and {module} one layout."
-        )
+    assert isinstance(value, Type)
     name = _free_name(graph, f"{node.name}_{module}")
     with graph.fx.inserting_after(node):
         call = graph.fx.create_node("call_module", PREFIX + name, (node,), {}, name=name)

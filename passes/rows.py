@@ -69,6 +69,7 @@ def rows_per_sample(name: str, length: int, samples: int) -> int:
     if length % samples:
         raise LayoutError(
             f"{name} has {length} rows for {samples} samples: {length} % {samples} = "
-            f"{length % samples}. Give every sample the same number of rows."
+            f"{length % samples}. Give every sample the same number of rows, or say that they hold "
+            "items of which samples have any number: colocc.Items(module)."
         )
     return length // samples

@@ -22,12 +22,13 @@ from colocc.passes.graph import Graph
 from colocc.passes.rows import BatchDims, RowsPerItem, dim_of, has_rows, items_of, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.boxes import Intervals
-from colocc.runtime.fields import check_kinds, check_masks, check_tokens, is_shared
+from colocc.runtime.fields import check_kinds, check_masks, check_tokens, holds_items, is_shared
 from colocc.runtime.guards import check_guards
 from colocc.runtime.holdings import assigner, holding_of, sample_runs, units_in
+from colocc.runtime.items import Learned
 from colocc.runtime.megatron.packing import packings
 from colocc.runtime.parts import Parts, Run, size_of_step, whole_inputs
-from colocc.runtime.ragged import Learned, Ragged
+from colocc.runtime.ragged import Ragged
 from colocc.sequence import axes_of, check_length, cuts, part_of
 
 
@@ -77,7 +78,9 @@ class Batches:
             packed=self.packings is not None,
             assign={n: assigner(graph, n) for n in modules} if balance else None,
             own=None if local is None else {name: self.units(name) for name in modules},
-            sizes=[sizes_of(graph, batch, self.size) for batch in microbatches],
+            sizes=[graph.guards.known(batch, self.size) for batch in microbatches]
+            if graph.guards is not None
+            else None,
         )
 
     @property
@@ -198,17 +201,6 @@ class Batches:
         return pytree.tree_map(narrow, lookup(self.microbatches[microbatch], path))
 
 
-def holds_items(graph: Graph, node: fx.Node) -> bool:
-    """Whether an input holds items, of which a sample has any number."""
-    places = graph.rows.get(node.meta["module"])
-    return "items" in node.meta or (places is not None and places.token is not None)
-
-
-def sizes_of(graph: Graph, batch: Mapping[str, Any], samples: int) -> Mapping[Any, int]:
-    """The sizes of a recorded graph that ``batch`` has."""
-    return {} if graph.guards is None else graph.guards.known(batch, samples)
-
-
 def cut_sequence(value: torch.Tensor, dim: int, layout: Layout, rank: int) -> torch.Tensor:
     """The part of the sequence in dim ``dim`` that ``rank`` holds: a view where it is one run."""
     if not axes_of(layout):
@@ -326,7 +318,8 @@ def _check_size(
             raise LayoutError(
                 f"{here[0]} has {here[1]} samples in dim {dim}, {first[0]} has {first[1]}: all "
                 "inputs of all microbatches hold the same number of samples. If another dim "
-                f"holds them, give compile() batch_dims={{{name!r}: ...}}"
+                f"holds them, give compile() batch_dims={{{name!r}: ...}}; if dim {dim} holds "
+                "items, of which samples have any number, colocc.Items(module)"
             )
 
 

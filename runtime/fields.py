@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from colocc.errors import LayoutError
 from colocc.passes.graph import Graph
@@ -69,6 +70,12 @@ def _no_tensor(index: int, path: tuple[str, ...], value: Any) -> str:
             "and pad them or say the rows of each with compile(rows=) where their sizes differ."
         )
     return f"{what}: only a tensor is cut by sample. Give one, such as torch.as_tensor(...)."
+
+
+def holds_items(graph: Graph, node: fx.Node) -> bool:
+    """Whether an input holds items, of which a sample has any number."""
+    places = graph.rows.get(node.meta["module"])
+    return "items" in node.meta or (places is not None and places.token is not None)
 
 
 def is_shared(value: Any) -> bool:

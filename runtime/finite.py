@@ -11,7 +11,8 @@ from torch import fx
 from colocc.errors import LayoutError
 from colocc.passes.rows import dim_of
 from colocc.passes.shapes import tensors_of
-from colocc.runtime.data import Batches, holds_items
+from colocc.runtime.data import Batches
+from colocc.runtime.fields import holds_items
 
 Sample = Callable[[int, int], int]
 """The sample of entry i of n entries of a tensor."""

@@ -50,7 +50,8 @@ def _miscounted(
         f"sample {sample} has {int(places[sample])} places for embeddings and "
         f"{wanted} embeddings ({scatter.name}, {scatter.line}). Give each sample as many "
         f"placeholder tokens as its encoder makes embeddings. {len(wrong)} of {samples} samples "
-        "differ."
+        "differ. Where samples have different numbers of items, say so of the encoder's inputs: "
+        "compile(..., batch_dims={input: colocc.Items(module)})."
     )
 
 

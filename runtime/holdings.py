@@ -9,8 +9,8 @@ from colocc.passes.graph import Graph
 from colocc.passes.solve.balance import balanced, units_between
 from colocc.passes.solve.plan import Holding
 from colocc.passes.solve.solver import holdings
+from colocc.runtime.items import Assign
 from colocc.runtime.parts import Run
-from colocc.runtime.ragged import Assign
 from colocc.runtime.rows import units_of
 
 

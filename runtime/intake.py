@@ -15,7 +15,7 @@ from colocc.runtime.agreement import Agreement, Check
 from colocc.runtime.data import Batches, fingerprint, outline
 from colocc.runtime.fields import plain
 from colocc.runtime.finite import check_finite
-from colocc.runtime.ragged import Learned
+from colocc.runtime.items import Learned
 from colocc.runtime.schedule import Schedule
 
 

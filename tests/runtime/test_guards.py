@@ -107,7 +107,8 @@ def test_a_sample_with_another_number_of_placeholders(graph: Graph) -> None:
 microbatch 0: sample 5 has 3 places for embeddings and 2 embeddings (masked_scatter,
     runtime/test_guards.py:35 embeds = embeds.masked_scatter((ids == PLACE).unsqueeze(-1),
     features)). Give each sample as many placeholder tokens as its encoder makes embeddings. 1
-    of 8 samples differ.""",
+    of 8 samples differ. Where samples have different numbers of items, say so of the encoder's
+    inputs: compile(..., batch_dims={input: colocc.Items(module)}).""",
     )
 
 

@@ -14,7 +14,8 @@ import colocc
 from colocc import Layout, LayoutError
 from colocc.passes.graph import token_places
 from colocc.runtime import cpu
-from colocc.runtime.ragged import Learned, Ragged
+from colocc.runtime.items import Learned
+from colocc.runtime.ragged import Ragged
 from colocc.testing import Run, compare, float64, observed, oracle, relative_l2, watch_input
 from tests import mimo, ragged
 from tests.harness import ProcessPool
