@@ -29,8 +29,9 @@ class Channel:
     direction a group, or they wait for each other.
 
     A message on a GPU is a kernel that spins until its peer's runs. CUDA may wait for it when it
-    loads a kernel that the peer depends on, and never return. So where ``careful``, until all
-    kernels of a step are loaded, messages go through ``host``, a gloo group, as ``tag``.
+    loads a kernel, or takes memory, that the peer depends on, and never return. So where
+    ``careful``, until all kernels of a step are loaded and its memory is there, messages go through
+    ``host``, a gloo group, as ``tag``.
     """
 
     def __init__(

@@ -130,6 +130,7 @@ class Bubbles:
             calls=program.captured,
         )
         self._streams = Lanes.streams() if self.needs_care() else None
+        self._reserved = 0
         found = first_type(program.cut[0].meta["types"])
         self.dim = found.batch if found is not None and found.batch is not None else 0
         self._rows: dict[Any, Rows] = {}
@@ -153,9 +154,10 @@ class Bubbles:
                 "queue where device_id was given to init_process_group: leave it out, or write "
                 "schedule='three_phase'"
             )
-        host = None
+        host: dist.ProcessGroup | None = None
         if self.needs_care():
             (host,) = open_groups(everyone, timeout=timeout, use="host").values()
+        self._host = host
         channels = []
         for tag, (use, lists) in enumerate(self._lists.items()):
             mine = open_groups(lists, timeout=timeout, use=use)
@@ -239,19 +241,34 @@ class Bubbles:
     def places(self, batches: Batches, rows: Rows, seq_length: int, *, train: bool) -> Places:
         """What runs where; the same question has the same answer on every rank.
 
-        The first step of its kind loads kernels, so its messages are careful.
+        The first step of its kind loads kernels and takes memory, so its messages are careful; and
+        so are those of a step that must take memory again, because some was given back.
         """
         count = len(batches.microbatches)
         key = (count, batches.size, rows.shape, seq_length, train)
         first = key not in self._places
+        careful = first or self._gave_back()
         for channel in self.channels:
-            channel.careful = first
+            channel.careful = careful
         if first:
             portions, timeline = self._timeline(batches, rows, seq_length)
             self._places[key] = _places(timeline, self.stage, portions, train=train)
         # The careful step runs on them, too: they take their memory in it.
         self.lanes = Lanes(self._streams)
         return self._places[key]
+
+    def _gave_back(self) -> bool:
+        """Whether any rank's GPU holds less memory for torch than after the last step."""
+        if self._host is None or self._streams is None:
+            return False
+        less = torch.tensor([torch.cuda.memory_reserved() < self._reserved], dtype=torch.int32)
+        dist.all_reduce(less, dist.ReduceOp.MAX, group=self._host)
+        return bool(less)
+
+    def ended(self) -> None:
+        """A step has run."""
+        if self._streams is not None:
+            self._reserved = torch.cuda.memory_reserved()
 
     def _timeline(self, batches: Batches, rows: Rows, seq_length: int) -> tuple[int, Timeline]:
         """The number of portions, and the shortest timeline with it."""
@@ -415,6 +432,7 @@ class Filled:
         assert not self.encoded
         for channel in self.bubbles.channels:
             channel.flush()
+        self.bubbles.ended()
         if self.learns:
             for module in self.program.trainable_encoders():
                 megatron.start_reductions(module)

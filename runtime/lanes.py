@@ -31,10 +31,10 @@ class Lanes:
                 stream.wait_stream(current)
 
     @staticmethod
-    def streams() -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-        """The pipeline's and the encoders' stream of the current GPU: the same for all programs, as
-        each stream has memory and workspaces of its own."""
-        return _streams(torch.cuda.current_device())
+    def streams() -> tuple[torch.cuda.Stream, torch.cuda.Stream] | None:
+        """The pipeline's and the encoders' stream of the current GPU, the same for all programs, as
+        each stream has memory and workspaces of its own; None without a GPU."""
+        return _streams(torch.cuda.current_device()) if torch.cuda.is_available() else None
 
     def pipeline(self) -> contextlib.AbstractContextManager[object]:
         """Inside, the pipeline's stream is the current one."""

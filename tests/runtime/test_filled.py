@@ -209,6 +209,7 @@ def careful_on_rank(_: int, layouts: dict[str, Layout]) -> list[Any]:
     """The gradients of the same step twice, the first time with messages through the host."""
     with pytest.MonkeyPatch.context() as patch, cpu.ranks():
         patch.setattr(Bubbles, "needs_care", staticmethod(lambda: True))
+        patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "16")
         with colocc.process_groups(layouts) as groups:
             model = mimo.build(groups, layouts)
             with colocc.compile(model, layouts, groups=groups, schedule="filled") as program:
@@ -231,6 +232,35 @@ def test_the_first_step_sends_through_the_host(processes: ProcessPool) -> None:
         assert any(gradient.any() for gradient in one)
         for gradient, again in zip(one, other, strict=True):
             torch.testing.assert_close(again, gradient)
+
+
+def queues_on_rank(rank: int, layouts: dict[str, Layout], given: str | None) -> str:
+    with pytest.MonkeyPatch.context() as patch, cpu.ranks():
+        patch.setattr(Bubbles, "needs_care", staticmethod(lambda: True))
+        patch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+        if given is not None and rank == 0:
+            patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
+        with colocc.process_groups(layouts) as groups:
+            model = mimo.build(groups, layouts)
+            with pytest.raises(LayoutError) as error:
+                colocc.compile(model, layouts, groups=groups, schedule="filled")
+            return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (None, "CUDA_DEVICE_MAX_CONNECTIONS is not set, which means 8: set it to 32"),
+        ("1", "rank 0: schedule 'filled' runs on a dozen streams"),
+        ("16", "rank 1: schedule 'filled' runs on a dozen streams"),
+    ],
+)
+def test_too_few_hardware_queues_are_refused_on_every_rank(
+    processes: ProcessPool, given: str | None, text: str
+) -> None:
+    one, other = processes.run(2, partial(queues_on_rank, layouts=layouts_of(*TWO), given=given))
+    assert one == other
+    assert text in one
 
 
 def wrong_on_rank(rank: int, layouts: dict[str, Layout]) -> list[str]:
