@@ -22,17 +22,17 @@ from colocc.passes.rows import BatchDim, BatchDims, Items, Rows, RowsPerItem, di
 from colocc.program import Program
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check, parse_check
-from colocc.runtime.filled import check_queues, portions_of
+from colocc.runtime.bubbles import check_queues, portions_of
 from colocc.runtime.groups import (
     DEFAULT_TIMEOUT,
     ProcessGroups,
-    agree_on,
     as_layout,
     check_world,
     layouts_text,
 )
 from colocc.runtime.parts import check_local
 from colocc.runtime.schedule import Schedule
+from colocc.runtime.texts import agree_on
 
 if TYPE_CHECKING:
     from colocc.runtime.groups import AnyLayout

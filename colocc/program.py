@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from colocc.errors import LayoutError
+from colocc.modules import Modules
 from colocc.passes.capture import Method
 from colocc.passes.dump import dot, page, ranks
 from colocc.passes.graph import Graph, first_type
@@ -26,14 +27,13 @@ from colocc.passes.rows import BatchDims, RowsPerItem
 from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check
+from colocc.runtime.bubbles import Bubbles
 from colocc.runtime.cuda_graphs import CapturedModule
 from colocc.runtime.data import Batches
 from colocc.runtime.execute import Executor
-from colocc.runtime.filled import Bubbles
 from colocc.runtime.groups import (
     ProcessGroups,
     close_groups,
-    gather_texts,
     open_groups,
     process_groups,
 )
@@ -42,14 +42,14 @@ from colocc.runtime.redistribution import Redistribution, tensor_dims
 from colocc.runtime.rows import Ids, RowRedistribution, Rows, counted, rows_held
 from colocc.runtime.samples import RowCounts, imbalances, step_samples
 from colocc.runtime.schedule import Schedule, run_step
+from colocc.runtime.texts import gather_texts
 from colocc.runtime.trace import Recorder, chrome, from_text, picture, to_text
 
 if TYPE_CHECKING:
-    from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.process_groups_config import ProcessGroupCollection
+    pass
 
 
-class Program:
+class Program(Modules):
     """A compiled model. ``print(program)`` is its page; ``program(**batch)`` its forward at pp = 1.
 
     A batch is a dict of the forward's arguments, global and the same on every rank: the program
@@ -77,10 +77,11 @@ class Program:
         self.captured: dict[str, CapturedModule] = {}
         self._cuda_graphs = cuda_graphs
         self.balance, self._local = balance and schedule.kind != "filled", local
-        self.model, self.graph, self.batch_dims = model, graph, batch_dims
+        super().__init__(model, graph, groups)
+        self.batch_dims = batch_dims
         self.schedule = schedule
         self.rank = dist.get_rank() if dist.is_initialized() else None
-        self.groups, self._owns_groups = groups, False
+        self._owns_groups = False
         self.recorder: Recorder | None = None
         self._quiet = megatron.QuietGlue(model) if megatron.is_mimo(model) else None
         self._destroyed = False
@@ -384,7 +385,7 @@ class Program:
 
         def prepared() -> list[Batches]:
             """The chunks, and behind them the whole step."""
-            self._check_trainable(forward_only)
+            self.check_trainable(forward_only=forward_only)
             taken = take(batches, num_microbatches)
             chunks = intake.chunks(self.schedule, taken)
             whole = (
@@ -454,70 +455,11 @@ class Program:
             return contextlib.nullcontext()
         return self.recorder.span(kind, microbatch)
 
-    def _check_trainable(self, forward_only: bool) -> None:
-        if not megatron.is_mimo(self.model):
-            raise LayoutError(
-                f"forward_backward runs Megatron's schedules, {type(self.model).__name__} is no "
-                "MimoModel: call program(**batch) and loss.backward()"
-            )
-        if forward_only:
-            return
-        if not torch.is_grad_enabled():
-            raise LayoutError(
-                "forward_backward was called under torch.no_grad(), so there is no backward: leave "
-                "no_grad, or write forward_only=True"
-            )
-        for name, module in self.trainable().items():
-            megatron.require_ddp(name, module)
-
-    def trainable(self) -> dict[str, nn.Module]:
-        """The modules of the layouts with a parameter that requires grad, in the order of the
-        layouts."""
-        modules = {n: self.model.get_submodule(path) for n, path in self.graph.targets.items()}
-        return {n: m for n, m in modules.items() if any(p.requires_grad for p in m.parameters())}
-
-    def trainable_encoders(self) -> list[nn.Module]:
-        """The trainable modules that feed the sink."""
-        return [m for name, m in self.trainable().items() if name != self.graph.sink]
-
     def replays(self, name: str) -> bool:
         """Whether the module ``name`` runs as CUDA graphs."""
         return any(
             module.name == name and module.reason is None for module in self.captured.values()
         )
-
-    @property
-    def encoder_module(self) -> nn.Module:
-        """The module that feeds the sink, where it is one, with its wrappers."""
-        (name,) = (name for name in self.graph.layouts if name != self.graph.sink)
-        return self.model.get_submodule(self.graph.targets[name])
-
-    @property
-    def scale(self) -> float:
-        """What that module's gradients from the sink are multiplied by."""
-        (name,) = (name for name in self.graph.layouts if name != self.graph.sink)
-        return float(self.graph.scale(name, self.graph.sink))
-
-    @property
-    def sink_module(self) -> nn.Module:
-        """The module that every other one feeds, with its wrappers."""
-        return self.model.get_submodule(self.graph.targets[self.graph.sink])
-
-    def collection(self, name: str) -> ProcessGroupCollection:
-        """The process groups of the module ``name``."""
-        if self.groups is None:
-            raise LayoutError(
-                "this program has no Megatron process groups: it was compiled without any"
-            )
-        return self.groups[name]
-
-    def optimizer(self, config: OptimizerConfig) -> Any:
-        """Megatron's MimoOptimizer over the modules, each on its own groups; frozen ones are left
-        out."""
-        if self.groups is None:
-            raise LayoutError("optimizer() needs Megatron process groups: give compile() groups=")
-        modules = {n: self.model.get_submodule(path) for n, path in self.graph.targets.items()}
-        return megatron.mimo_optimizer(modules, self.groups, config)
 
     def destroy(self) -> None:
         """Give back the process groups that the program opened."""

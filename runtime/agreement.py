@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from colocc.errors import LayoutError
-from colocc.runtime.groups import Use, agree_on, close_groups, open_groups
+from colocc.runtime.groups import Use, close_groups, open_groups
+from colocc.runtime.texts import agree_on
 
 Check = Literal["first", "every", "finite"]
 CHECKS: tuple[Check, ...] = get_args(Check)

@@ -14,11 +14,11 @@ import torch
 from colocc.errors import LayoutError
 from colocc.passes.solve.plan import Holding, Plan
 from colocc.runtime.data import cut_sequence
-from colocc.runtime.groups import device_of_messages
 from colocc.runtime.holdings import holding_of, sample_runs
 from colocc.runtime.parts import Run
 from colocc.runtime.redistribution import Redistribution
 from colocc.runtime.rows import RowRedistribution, Rows
+from colocc.runtime.texts import device_of_messages
 
 if TYPE_CHECKING:
     from colocc.program import Program

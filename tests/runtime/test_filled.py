@@ -1,4 +1,5 @@
-"""Covers runtime/filled.py, pipeline.py and channels.py: against the oracle; what is refused."""
+"""Covers runtime/filled.py with bubbles.py, lanes.py, channels.py and megatron/pipeline.py: against
+the oracle; what is refused."""
 
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 import colocc
 from colocc import Layout, LayoutError
 from colocc.runtime import cpu
-from colocc.runtime.filled import Bubbles
+from colocc.runtime.bubbles import Bubbles
 from tests import mimo
 from tests.harness import ProcessPool
 from tests.runtime.test_schedule import (

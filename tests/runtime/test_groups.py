@@ -17,7 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from colocc.errors import LayoutError
 from colocc.layout import Layout
-from colocc.runtime.groups import agree, close_groups, open_groups, process_groups
+from colocc.runtime.groups import close_groups, open_groups, process_groups
+from colocc.runtime.texts import agree
 from tests.harness import run_threads
 
 with warnings.catch_warnings():

@@ -1,0 +1,316 @@
+"""What of the schedule ``filled`` outlives a step: who encodes what where, groups, streams."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+
+from colocc.errors import LayoutError
+from colocc.passes.graph import Graph, first_type
+from colocc.passes.portions import Portions
+from colocc.passes.timeline import Costs, Task, Timeline, fill
+from colocc.runtime.channels import Channel
+from colocc.runtime.data import Batches
+from colocc.runtime.execute import Executor
+from colocc.runtime.groups import Use, close_groups, open_groups
+from colocc.runtime.lanes import Lanes
+
+if TYPE_CHECKING:
+    from colocc.program import Program
+
+# What another portion costs, as a share of the step: each has kernels of its own to launch.
+PORTION_COST = 0.02
+# The fewest hardware queues for the streams of a step.
+QUEUES = 16
+
+
+def portions_of(graph: Graph) -> Portions:
+    """How the samples of the one encoder of ``graph`` are split over stages.
+
+    Raises: LayoutError if the bubbles of these layouts cannot be filled.
+    """
+    encoders = [name for name in graph.layouts if name != graph.sink]
+    if len(encoders) != 1:
+        raise LayoutError(
+            f"schedule 'filled' runs one encoder in the bubbles of {graph.sink}, these layouts "
+            f"have {len(encoders)}: {', '.join(encoders)}. Write schedule='three_phase'."
+        )
+    sink = (graph.sink, graph.layouts[graph.sink])
+    return Portions((encoders[0], graph.layouts[encoders[0]]), sink)
+
+
+def check_queues() -> None:
+    """Raises: LayoutError if work that waits for a message may hold up work that does not.
+
+    CUDA deals streams to so many hardware queues, and what shares one runs in order. Here are four
+    streams of messages, two of computing, and those of the modules' own groups.
+    """
+    given = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    enough = given is not None and given.isdecimal() and int(given) >= QUEUES
+    if enough or not dist.is_initialized() or not Bubbles.needs_care():
+        return
+    found = "not set, which means 8" if given is None else f"set to {given!r}"
+    raise LayoutError(
+        "schedule 'filled' runs on a dozen streams that must not wait for each other, and "
+        f"CUDA_DEVICE_MAX_CONNECTIONS is {found}: set it to {2 * QUEUES} before the program "
+        "starts, or write schedule='three_phase'."
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the encoder makes of one sample; the same on all ranks."""
+
+    shape: tuple[int, ...]
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, samples: int) -> torch.Tensor:
+        """Room for the rows of ``samples`` samples."""
+        shape = list(self.shape)
+        shape[self.dim] *= samples
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Places:
+    """What this stage runs before each of its language tasks, and after the last; and which stage
+    encodes each (microbatch, portion)."""
+
+    before: list[list[Task]]
+    stage_of: dict[tuple[int, int], int]
+    portions: int
+
+
+class Bubbles:
+    """What of the schedule ``filled`` outlives a step: groups, costs, timelines."""
+
+    def __init__(
+        self, program: Program, timeout: timedelta, portions: int | None, window: int | None
+    ) -> None:
+        self.program, self.wish, self.window = program, portions, window
+        self.portions = portions_of(program.graph)
+        self.sink = program.graph.layouts[program.graph.sink]
+        assert program.rank is not None
+        self.rank = program.rank
+        self.stage = int(self.sink.coordinates("pp")[self.rank])
+        if len(program.cut) != 1:
+            raise LayoutError(
+                f"schedule 'filled' hands one value to {program.graph.sink}, the encoder hands "
+                f"{len(program.cut)}. Write schedule='three_phase'."
+            )
+        identity = dict.fromkeys(program.redistributions, lambda value, samples=None: value)
+        self.encode = Executor(
+            program.mine,
+            "encode",
+            program.model,
+            identity,
+            program.cut,
+            calls=program.captured,
+        )
+        self._streams = Lanes.streams() if self.needs_care() else None
+        self._reserved = 0
+        found = first_type(program.cut[0].meta["types"])
+        self.dim = found.batch if found is not None and found.batch is not None else 0
+        self._rows: dict[Any, Rows] = {}
+        self._places: dict[Any, Places] = {}
+        self._work: tuple[float, float] | None = None
+        self._open(timeout)
+
+    def _open(self, timeout: timedelta) -> None:
+        pipelines = self.sink.groups("pp")
+        everyone = (tuple(range(self.sink.size)),)
+        self._lists: dict[Use, Any] = {
+            "pipeline": pipelines,
+            "pipeline back": pipelines,
+            "embeddings": everyone,
+            "gradients": everyone,
+        }
+        world: Any = dist.group.WORLD
+        if world.bound_device_id is not None and self.sink.pp > 2:
+            raise LayoutError(
+                "schedule 'filled' sends between pairs of ranks apart, which torch joins into one "
+                "queue where device_id was given to init_process_group: leave it out, or write "
+                "schedule='three_phase'"
+            )
+        host: dist.ProcessGroup | None = None
+        if self.needs_care():
+            (host,) = open_groups(everyone, timeout=timeout, use="host").values()
+        self._host = host
+        channels = []
+        for tag, (use, lists) in enumerate(self._lists.items()):
+            mine = open_groups(lists, timeout=timeout, use=use)
+            members = next(members for members in lists if self.rank in members)
+            channels.append(Channel(mine[tuple(sorted(members))], host, tag))
+        if host is not None:
+            self._lists["host"] = everyone
+        self.channels = tuple(channels)
+        self.onward, self.back, self.embeddings, self.gradients = channels
+        chain = [pair for ranks in pipelines for pair in itertools.pairwise(ranks)]
+        embeddings, gradients = self.portions.routes()
+        self.onward.connect(chain)
+        self.back.connect([(after, before) for before, after in chain])
+        self.embeddings.connect(embeddings)
+        self.gradients.connect(gradients)
+
+    @staticmethod
+    def needs_care() -> bool:
+        """Whether messages are kernels."""
+        return "nccl" in dist.get_backend()
+
+    def close(self, world: Any) -> None:
+        """Give the groups back."""
+        for use, lists in self._lists.items():
+            close_groups(lists, use=use, world=world)
+
+    def rows(self, batches: Batches) -> Rows:
+        """What one sample makes, by trying it once for each shape of the inputs."""
+        for name, found in batches.ragged.rows.items():
+            counts = found.counts
+            if len(counts) and counts.min() != counts.max():
+                raise LayoutError(
+                    f"schedule 'filled' needs equally many rows of every sample, {name} makes "
+                    f"{counts.min()} to {counts.max()}. Write schedule='three_phase'."
+                )
+            if not counts.any():
+                raise LayoutError(
+                    f"schedule 'filled' needs rows of every sample, {name} makes none in this "
+                    "step. Write schedule='three_phase'."
+                )
+        key = tuple(
+            tuple(leaf.shape[1:])
+            for leaf in pytree.tree_leaves(dict(batches.microbatches[0]))
+            if isinstance(leaf, torch.Tensor)
+        )
+        if key not in self._rows:
+            made, error = None, None
+            try:
+                made = self._tried(batches)
+            except Exception as problem:  # noqa: BLE001 - raised on every rank
+                error = problem
+            self.program.settle(error)
+            assert made is not None
+            self._rows[key] = made
+        return self._rows[key]
+
+    def _tried(self, batches: Batches) -> Rows:
+        gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.no_grad(), torch.random.fork_rng(gpus):
+            value = self.run_encoder(batches, [(0, 0, 1)])
+        for name, rows in batches.ragged.rows.items():
+            if len(value) != rows.counts[0]:
+                raise LayoutError(
+                    f"{name} made {len(value)} rows of sample 0 of microbatch 0, which has "
+                    f"{rows.counts[0]} placeholders in input_ids. Give each sample as many "
+                    "placeholders as its items make rows."
+                )
+        return Rows(tuple(value.shape), self.dim, value.dtype, value.device)
+
+    def run_encoder(self, batches: Batches, runs: list[tuple[int, int, int]]) -> torch.Tensor:
+        """The encoder's output for the samples of ``runs``."""
+        inputs = {
+            node: batches.encoder_input(node, runs)
+            for node in self.program.mine.placeholders()
+            if node.meta["phase"] == "encode"
+        }
+        (value,) = self.encode(inputs)
+        result: torch.Tensor = value
+        return result
+
+    def places(self, batches: Batches, rows: Rows, seq_length: int, *, train: bool) -> Places:
+        """What runs where; the same question has the same answer on every rank.
+
+        The first step of its kind loads kernels and takes memory, so its messages are careful; and
+        so are those of a step that must take memory again, because some was given back.
+        """
+        count = len(batches.microbatches)
+        key = (count, batches.size, rows.shape, seq_length, train)
+        first = key not in self._places
+        careful = first or self._gave_back()
+        for channel in self.channels:
+            channel.careful = careful
+        if first:
+            portions, timeline = self._timeline(batches, rows, seq_length)
+            self._places[key] = _places(timeline, self.stage, portions, train=train)
+        # The careful step runs on them, too: they take their memory in it.
+        self.lanes = Lanes(self._streams)
+        return self._places[key]
+
+    def _gave_back(self) -> bool:
+        """Whether any rank's GPU holds less memory for torch than after the last step."""
+        if self._host is None or self._streams is None:
+            return False
+        less = torch.tensor([torch.cuda.memory_reserved() < self._reserved], dtype=torch.int32)
+        dist.all_reduce(less, dist.ReduceOp.MAX, group=self._host)
+        return bool(less)
+
+    def ended(self) -> None:
+        """A step has run."""
+        if self._streams is not None:
+            self._reserved = torch.cuda.memory_reserved()
+
+    def _timeline(self, batches: Batches, rows: Rows, seq_length: int) -> tuple[int, Timeline]:
+        """The number of portions, and the shortest timeline with it."""
+        count = len(batches.microbatches)
+        choices = self.portions.choices(batches.size) if self.wish is None else [self.wish]
+        found = []
+        for portions in choices:
+            costs = self._costs(batches, rows, seq_length, portions)
+            timeline = fill(self.sink.pp, count, portions, costs, window=self.window)
+            found.append((timeline.length * (1 + PORTION_COST * portions), portions, timeline))
+        _, portions, timeline = min(found, key=lambda one: one[:2])
+        return portions, timeline
+
+    def _costs(self, batches: Batches, rows: Rows, seq_length: int, portions: int) -> Costs:
+        """Of a stage and of a portion, as weights times tokens on one rank."""
+        if self._work is None:
+            self._work = self._weights()
+        sink, encoder = self._work
+        share = batches.size // self.sink.dp
+        forward = sink * share * seq_length
+        samples = batches.size / portions / len(self.portions.slots[0])
+        encode = encoder * samples * rows.shape[rows.dim]
+        return Costs(forward, 2 * forward, encode, 2 * encode)
+
+    def _weights(self) -> tuple[float, float]:
+        """The weights of the language module's largest stage and of the encoder on one rank."""
+        modules = [self.program.sink_module, self.program.encoder_module]
+        counts = [sum(weight.numel() for weight in module.parameters()) for module in modules]
+        found = torch.tensor(counts, dtype=torch.float64, device=torch.cuda.current_device())
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        sink, encoder = found.tolist()
+        return sink, encoder
+
+
+def _places(timeline: Timeline, stage: int, portions: int, *, train: bool) -> Places:
+    stage_of = {
+        (span.task.microbatch, span.task.portion): at
+        for at, spans in enumerate(timeline.stages)
+        for span in spans
+        if span.task.kind == "encode"
+    }
+    before: list[list[Task]] = [[]]
+    if train:
+        for span in timeline.stages[stage]:
+            if span.task.kind in ("forward", "backward"):
+                before.append([])
+            else:
+                before[-1].append(span.task)
+        return Places(before, stage_of, portions)
+    # Without backward there are forwards alone: each behind the portions of its own microbatch.
+    for microbatch in range(1 + max(index for index, _ in stage_of)):
+        before[-1] += [
+            Task("encode", microbatch, portion)
+            for portion in range(portions)
+            if stage_of[microbatch, portion] == stage
+        ]
+        before.append([])
+    return Places(before, stage_of, portions)
