@@ -105,9 +105,11 @@ def open_groups(
     """
     registry, rank, world = _registry(), dist.get_rank(), dist.get_world_size()
     mine: dict[Members, dist.ProcessGroup] = {}
+    opened = False
     for members in dict.fromkeys(member_lists):
         key: Key = ("shared" if len(members) == 1 else use, members)
         if key not in registry.users:
+            opened = opened or len(members) > 1
             group = _open(key, rank, world, timeout)
             registry.users[key] = 0
             if group is not None:
@@ -115,6 +117,10 @@ def open_groups(
         registry.users[key] += 1
         if rank in members:
             mine[members] = registry.groups[key] if key in registry.groups else _default()
+    if opened:
+        # A gloo group is open to a rank while its peers still connect: were it closed now, they
+        # would fail.
+        gather_texts("opened")
     return mine
 
 

@@ -8,7 +8,12 @@ CASE = Case("2.0B + 1.3B", "tp1 dp2", "tp2", 16, 4, ("megatron", "language_only"
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "language"), [("0.3B + 2.7B", 0.3e9, 2.6e9), ("2.0B + 1.3B", 2.0e9, 1.25e9)]
+    ("name", "images", "language"),
+    [
+        ("0.3B + 2.7B", 0.3e9, 2.6e9),
+        ("2.0B + 1.3B", 2.0e9, 1.25e9),
+        ("1.0B + 6.7B", 1.06e9, 6.6e9),
+    ],
 )
 def test_models_have_the_size_in_their_name(name: str, images: float, language: float) -> None:
     model = MODELS[name]
@@ -27,10 +32,18 @@ def test_flops_of_the_parts_add_up() -> None:
     assert CASE.flops("megatron") == CASE.flops("lookahead=2") == parts
 
 
-@pytest.mark.parametrize("case", [case for cases in SETS.values() for case in cases], ids=str)
-def test_cases_fit_two_ranks_and_survive_json(case: Case) -> None:
+RANKS = {"four": 4, "eight": 8}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [(RANKS.get(name, 2), case) for name, cases in SETS.items() for case in cases],
+    ids=str,
+)
+def test_cases_fit_their_ranks_and_survive_json(ranks: int, case: Case) -> None:
     assert Case.from_json(case.to_json()) == case
-    assert {layout.size for layout in case.layouts.values()} == {2}
+    assert {layout.size for layout in case.layouts.values()} == {ranks}
+    assert {layout.size for layout in case.homogeneous().layouts.values()} == {ranks}
     assert case.batch % case.microbatches == 0
     megatron = "megatron" in case.arms
     assert not (megatron and case.layouts["language"].pp > 1)
