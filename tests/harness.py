@@ -286,23 +286,28 @@ def _worker(connection: Connection) -> None:
     recorder = flight.Recorder()
     with contextlib.suppress(EOFError):  # the pool was closed
         while True:
-            task, store, rank, world, timeout, detail = connection.recv()
-            set_debug_level(DebugLevel.DETAIL if detail else DebugLevel.OFF)
-            answer = _answer(task, store, rank, world, timeout, recorder)
-            connection.send_bytes(answer)
+            connection.send_bytes(_answer(recorder, *connection.recv()))
             connection.recv()
             _leave_world()
             connection.send("left")
 
 
 def _answer(
-    task: bytes, store: str, rank: int, world: int, timeout: float, recorder: flight.Recorder
+    recorder: flight.Recorder,
+    task: bytes,
+    store: str,
+    rank: int,
+    world: int,
+    timeout: float,
+    detail: bool,
 ) -> bytes:
+    set_debug_level(DebugLevel.DETAIL if detail else DebugLevel.OFF)
     try:
         torch.manual_seed(0)
         _open_world(FileStore(store, world), rank, world, timeout)
         value = pickle.loads(task)(rank)  # noqa: S301
-        return _dumps((value, None, recorder.take()))
+        calls = recorder.skip() if detail else recorder.take()
+        return _dumps((value, None, calls))
     except BaseException as error:  # noqa: BLE001
         trace = "".join(traceback.format_exception(error))
         error.add_note(trace)
