@@ -9,6 +9,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -21,3 +22,9 @@ def processes() -> Iterator[ProcessPool]:
     """Eight processes for what threads share: Megatron's globals, random generators, dying."""
     with ProcessPool(8) as pool:
         yield pool
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded stays: the collections after a run of threads need not walk it."""
+    gc.collect()
+    gc.freeze()
