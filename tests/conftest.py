@@ -2,7 +2,8 @@
 
 import os
 
-# Before torch starts: without DETAIL, gloo returns wrong numbers where dtypes or shapes differ.
+# Before torch starts: without DETAIL, gloo returns wrong numbers where dtypes or shapes differ. It
+# holds for commands that tests start; the pool compares by itself (tests/flight.py).
 os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
 os.environ["TORCH_FR_BUFFER_SIZE"] = "1024"  # BUFFER of tests/flight.py
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -283,30 +283,21 @@ def _worker(connection: Connection) -> None:
     importlib.import_module("colocc.testing")
     gc.collect()
     gc.freeze()
-    recorder = flight.Recorder()
     with contextlib.suppress(EOFError):  # the pool was closed
         while True:
-            connection.send_bytes(_answer(recorder, *connection.recv()))
+            connection.send_bytes(_answer(*connection.recv()))
             connection.recv()
             _leave_world()
             connection.send("left")
 
 
-def _answer(
-    recorder: flight.Recorder,
-    task: bytes,
-    store: str,
-    rank: int,
-    world: int,
-    timeout: float,
-    detail: bool,
-) -> bytes:
+def _answer(task: bytes, store: str, rank: int, world: int, timeout: float, detail: bool) -> bytes:
     set_debug_level(DebugLevel.DETAIL if detail else DebugLevel.OFF)
     try:
         torch.manual_seed(0)
         _open_world(FileStore(store, world), rank, world, timeout)
         value = pickle.loads(task)(rank)  # noqa: S301
-        calls = recorder.skip() if detail else recorder.take()
+        calls = flight.RECORDER.skip() if detail else flight.RECORDER.take()
         return _dumps((value, None, calls))
     except BaseException as error:  # noqa: BLE001
         trace = "".join(traceback.format_exception(error))
