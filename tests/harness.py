@@ -161,6 +161,8 @@ def _worlds_per_thread(detail: bool) -> Iterator[None]:
     """Inside, each thread has its own c10d world and registry of group names."""
     world, threads = distributed_c10d._world, torch.get_num_threads()
     torch.set_num_threads(1)
+    # A rank may close a group at once, which a peer that still connects takes for a failure.
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     # Without a GPU, the first thread to enter this mode lends the process a device guard of its own
     # storage: it must be one that does not end, or the next to enter is a segfault.
     with FakeTensorMode():
@@ -174,6 +176,7 @@ def _worlds_per_thread(detail: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        del os.environ["TORCH_DIST_INIT_BARRIER"]
         set_debug_level(level)
         distributed_c10d._world = world
         isolate(False)
