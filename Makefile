@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 
 export OMP_NUM_THREADS ?= 1
+# Processes that run tests; each has a pool of eight ranks.
+WORKERS ?= 2
 
 .PHONY: setup demo test check clean
 
@@ -27,7 +29,7 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --numprocesses $(WORKERS) --dist worksteal
 
 check: test
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
+from weakref import WeakMethod
 
 import sympy
 import torch
@@ -28,11 +30,16 @@ class _Environment(ShapeEnv):
 
     def __init__(self, on_branch: OnBranch) -> None:
         super().__init__(specialize_zero_one=False, duck_shape=False)
-        self.on_branch = on_branch
+        # torch's cache of fake tensors keeps environments for good: not the recorder, too, with its
+        # model and the groups of that.
+        bound = isinstance(on_branch, MethodType)
+        self._on_branch = WeakMethod(on_branch) if bound else lambda: on_branch
 
     def evaluate_expr(self, orig_expr: sympy.Basic, *args: Any, **kwargs: Any) -> Any:
         answer = super().evaluate_expr(orig_expr, *args, **kwargs)
-        self.on_branch(orig_expr, answer)
+        on_branch = self._on_branch()
+        if on_branch is not None:
+            on_branch(orig_expr, answer)
         return answer
 
 

@@ -2,7 +2,8 @@
 
 import os
 
-# Before torch starts: without DETAIL, gloo returns wrong numbers where dtypes or shapes differ.
+# Before torch starts: without DETAIL, gloo returns wrong numbers where dtypes or shapes differ. It
+# holds for commands that tests start; the pool compares by itself (tests/flight.py).
 os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
 os.environ["TORCH_FR_BUFFER_SIZE"] = "1024"  # BUFFER of tests/flight.py
 # But for the tests that torchrun starts, one on each GPU.
@@ -11,6 +12,7 @@ if "LOCAL_RANK" not in os.environ:
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -23,3 +25,9 @@ def processes() -> Iterator[ProcessPool]:
     """Eight processes for what threads share: Megatron's globals, random generators, dying."""
     with ProcessPool(8) as pool:
         yield pool
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded stays: the collections after a run of threads need not walk it."""
+    gc.collect()
+    gc.freeze()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch._C import _distributed_c10d as c10d
 
-# Operations that the ring of a process keeps (TORCH_FR_BUFFER_SIZE): no run of a test has more.
+# Operations that the ring of a process keeps (TORCH_FR_BUFFER_SIZE).
 BUFFER = 1024
 
 
@@ -31,24 +31,44 @@ class Collective(NamedTuple):
 
 
 class Recorder:
-    """The flight recorder of this process, read once after each run."""
+    """The flight recorder of this process, read after each run, and within one that is long."""
 
     def __init__(self) -> None:
         self.seen = 0
+        self.held: list[Collective] = []
+
+    def hold(self) -> None:
+        """Read what the ring has, before it is overwritten.
+
+        Raises: RuntimeError if it no longer holds all since the last time.
+        """
+        start, entries = self.seen, self._new()
+        if entries and entries[0]["record_id"] > start:
+            raise RuntimeError(
+                f"a run has more than {BUFFER} operations: let it call flight.RECORDER.hold()"
+            )
+        self.held += [_collective(entry) for entry in entries if not entry["is_p2p"]]
 
     def take(self) -> list[Collective]:
-        """The collectives since the last call, in the order of their calls.
+        """The collectives of the run that ends, in the order of their calls."""
+        self.hold()
+        held, self.held = self.held, []
+        return held
 
-        Raises: RuntimeError if the ring no longer holds them all.
-        """
+    def skip(self) -> list[Collective]:
+        """No collectives: those of torch's own check, which records what it exchanges, too."""
+        self._new()
+        self.held = []
+        return []
+
+    def _new(self) -> list[dict[str, Any]]:
         text: bytes = c10d._dump_fr_trace_json(includeCollectives=True, onlyActive=False)  # type: ignore[attr-defined]
         entries = [e for e in json.loads(text).get("entries", []) if e["record_id"] >= self.seen]
-        if not entries:
-            return []
-        if entries[0]["record_id"] > self.seen:
-            raise RuntimeError(f"a run has more than {BUFFER} operations: let BUFFER be more")
-        self.seen = entries[-1]["record_id"] + 1
-        return [_collective(entry) for entry in entries if not entry["is_p2p"]]
+        self.seen = entries[-1]["record_id"] + 1 if entries else self.seen
+        return entries
+
+
+RECORDER = Recorder()
 
 
 def _collective(entry: dict[str, Any]) -> Collective:

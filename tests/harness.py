@@ -161,6 +161,8 @@ def _worlds_per_thread(detail: bool) -> Iterator[None]:
     """Inside, each thread has its own c10d world and registry of group names."""
     world, threads = distributed_c10d._world, torch.get_num_threads()
     torch.set_num_threads(1)
+    # A rank may close a group at once, which a peer that still connects takes for a failure.
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     # Without a GPU, the first thread to enter this mode lends the process a device guard of its own
     # storage: it must be one that does not end, or the next to enter is a segfault.
     with FakeTensorMode():
@@ -174,6 +176,7 @@ def _worlds_per_thread(detail: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        del os.environ["TORCH_DIST_INIT_BARRIER"]
         set_debug_level(level)
         distributed_c10d._world = world
         isolate(False)
@@ -283,26 +286,22 @@ def _worker(connection: Connection) -> None:
     importlib.import_module("colocc.testing")
     gc.collect()
     gc.freeze()
-    recorder = flight.Recorder()
     with contextlib.suppress(EOFError):  # the pool was closed
         while True:
-            task, store, rank, world, timeout, detail = connection.recv()
-            set_debug_level(DebugLevel.DETAIL if detail else DebugLevel.OFF)
-            answer = _answer(task, store, rank, world, timeout, recorder)
-            connection.send_bytes(answer)
+            connection.send_bytes(_answer(*connection.recv()))
             connection.recv()
             _leave_world()
             connection.send("left")
 
 
-def _answer(
-    task: bytes, store: str, rank: int, world: int, timeout: float, recorder: flight.Recorder
-) -> bytes:
+def _answer(task: bytes, store: str, rank: int, world: int, timeout: float, detail: bool) -> bytes:
+    set_debug_level(DebugLevel.DETAIL if detail else DebugLevel.OFF)
     try:
         torch.manual_seed(0)
         _open_world(FileStore(store, world), rank, world, timeout)
         value = pickle.loads(task)(rank)  # noqa: S301
-        return _dumps((value, None, recorder.take()))
+        calls = flight.RECORDER.skip() if detail else flight.RECORDER.take()
+        return _dumps((value, None, calls))
     except BaseException as error:  # noqa: BLE001
         trace = "".join(traceback.format_exception(error))
         error.add_note(trace)

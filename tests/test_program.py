@@ -1,6 +1,7 @@
 """Covers colocc/program.py: a plain module trained on its layouts; batches that are refused."""
 
 import copy
+import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -267,6 +268,16 @@ def test_compile_again_destroy_twice_and_a_new_world() -> None:
     worlds = [run_threads(8, main) for _ in range(2)]
     for found in itertools.chain(*worlds):
         assert all(torch.equal(output, found[0]) for output in found)
+
+
+def test_a_model_that_is_let_go_is_freed() -> None:
+    """Its groups go with it: torch's caches keep nothing of a compiled model."""
+    made = model()
+    gone = weakref.ref(made)
+    colocc.compile(made, LAYOUTS, example_inputs=batch()).destroy()
+    del made
+    gc.collect()
+    assert gone() is None
 
 
 def test_without_ranks_it_prints_and_does_not_run() -> None:

@@ -19,7 +19,7 @@ from colocc import Layout
 from colocc.runtime import cpu
 from colocc.testing import Run, float64, oracle
 from colocc.testing.names import global_names, gradient_of
-from tests import mimo, ragged
+from tests import flight, mimo, ragged
 from tests.harness import ProcessPool
 
 BATCHES, RANKS, LAYERS = 200, 8, 2
@@ -114,6 +114,8 @@ def steps_on_rank(rank: int) -> tuple[list[float], list[float], set[str]]:
             for name, weight in global_names(module)
         }
         for index, images in enumerate(stream()):
+            if index % 8 == 0:
+                flight.RECORDER.hold()
             model.zero_grad_buffer()
             given = batches(index, images)
             logs = program.forward_backward(

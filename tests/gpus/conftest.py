@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.harness import ProcessPool
-from tests.runtime.test_schedule import Oracle
+from tests.oracle import Oracle
 
 # A rank that fails leaves its peers waiting; they end with this.
 TIMEOUT = timedelta(seconds=120)

@@ -20,7 +20,7 @@ import colocc
 from colocc import Layout
 from colocc.testing import Run, check_identity, compare, observed, watch_input
 from tests import mimo
-from tests.runtime.test_schedule import (
+from tests.oracle import (
     BATCH,
     ORDERS,
     TUPLES,

@@ -148,7 +148,7 @@ def train(rank: int, case: Case) -> list[float]:
 
 def run(processes: ProcessPool, case: Case) -> torch.Tensor:
     """The losses of each step, over all replicas."""
-    parts = [x for x in processes.run(case.world, partial(train, case=case)) if x]
+    parts = [x for x in processes.run(case.world, partial(train, case=case), detail=True) if x]
     assert len(parts) == case.tp * case.dp, "one for each rank of the last stage"
     return torch.tensor(parts).mean(0)
 

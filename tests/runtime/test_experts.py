@@ -86,7 +86,7 @@ def test_experts_equal_the_oracle(
     per_token: bool,
 ) -> None:
     work = partial(step_on_rank, layouts=layouts, per_token=per_token)
-    runs = processes.run(8, work, timeout=300)
+    runs = processes.run(8, work, timeout=300, detail=True)
     wanted = reference[layouts["language"].dp, per_token]
     worst = compare(runs, wanted, noise=1e-9)
     named = {f"local_experts.{expert}.linear_fc1.weight" for expert in range(EXPERTS)}

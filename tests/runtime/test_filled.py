@@ -13,15 +13,7 @@ from colocc.runtime import cpu
 from colocc.runtime.bubbles import Bubbles
 from tests import mimo
 from tests.harness import ProcessPool
-from tests.runtime.test_schedule import (
-    ORDERS,
-    TUPLES,
-    Oracle,
-    batches,
-    check,
-    layouts_of,
-    reference,  # noqa: F401 - a fixture
-)
+from tests.oracle import ORDERS, TUPLES, Oracle, batches, check, layouts_of
 
 
 def legal(encoder: tuple[int, int], language: tuple[int, int, int], order: str) -> bool:
@@ -46,7 +38,7 @@ TWO = ((1, 2), (1, 2, 1), ORDERS[0])
 @pytest.mark.parametrize(("encoder", "language", "order"), LEGAL)
 def test_filled_equals_the_oracle(
     processes: ProcessPool,
-    reference: Oracle,  # noqa: F811
+    reference: Oracle,
     encoder: tuple[int, int],
     language: tuple[int, int, int],
     order: str,
@@ -60,20 +52,21 @@ def test_filled_equals_the_oracle(
 @pytest.mark.parametrize(("encoder", "language", "order"), [TWO, ((1, 4), (1, 4, 1), ORDERS[0])])
 def test_any_number_of_portions(
     processes: ProcessPool,
-    reference: Oracle,  # noqa: F811
+    reference: Oracle,
     encoder: tuple[int, int],
     language: tuple[int, int, int],
     order: str,
     portions: int,
 ) -> None:
     layouts = layouts_of(encoder, language, order)
-    check(processes, reference, layouts, (1, 5), schedule=f"filled={portions}")
+    schedule = f"filled={portions}"
+    check(processes, reference, layouts, (1, 5), schedule=schedule, detail=True)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_reductions_that_overlap_backward(
     processes: ProcessPool,
-    reference: Oracle,  # noqa: F811
+    reference: Oracle,
     overlap: bool,
 ) -> None:
     check(processes, reference, layouts_of(*TWO), (4, 3, 4), schedule="filled", overlap=overlap)

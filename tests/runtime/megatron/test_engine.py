@@ -35,7 +35,7 @@ def legacy_on_rank(_: int, order: str) -> tuple[str, int, list[tuple[float, int]
 
 @pytest.mark.parametrize("order", ["tp-cp-ep-dp-pp", "dp-tp-cp-ep-pp"])
 def test_a_legacy_script_compiles_without_a_bridge(processes: ProcessPool, order: str) -> None:
-    ranks = processes.run(8, partial(legacy_on_rank, order=order))
+    ranks = processes.run(8, partial(legacy_on_rank, order=order), detail=True)
     (name,) = {layout for layout, _, _, _ in ranks}
     layout = Layout.parse(name)
     assert layout.same_grid(Layout(tp=2, dp=4, order=order))
@@ -88,7 +88,8 @@ def train_on_rank(
 def test_the_distributed_optimizer_steps_as_the_plain_one(processes: ProcessPool) -> None:
     layouts = {"images": Layout(tp=2, dp=4), "language": Layout(tp=2, pp=2, dp=2)}
     plain = processes.run(1, partial(train_on_rank, layouts=ONE, distributed=False))[0]
-    ranks = processes.run(8, partial(train_on_rank, layouts=layouts, distributed=True))
+    work = partial(train_on_rank, layouts=layouts, distributed=True)
+    ranks = processes.run(8, work, detail=True)
     leaders = {int(layouts["language"].coordinates("dp")[r]): run for r, run in enumerate(ranks)}
     for step, (norm, logs) in enumerate(plain):
         assert [run[step][0] for run in ranks] == pytest.approx([norm] * 8, rel=1e-4)

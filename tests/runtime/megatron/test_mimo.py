@@ -167,7 +167,8 @@ def test_masks_positions_and_packing_equal_the_oracle(
 def test_mrope_under_context_parallelism(
     processes: ProcessPool, reference: dict[tuple[str, str], Run]
 ) -> None:
-    ranks = processes.run(8, partial(steps_on_rank, layouts=CP, kinds={"mrope": ["mrope"]}))
+    work = partial(steps_on_rank, layouts=CP, kinds={"mrope": ["mrope"]})
+    ranks = processes.run(8, work, detail=True)
     check(ranks, reference, CP["language"])
 
 
