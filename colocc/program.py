@@ -28,6 +28,7 @@ from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check
 from colocc.runtime.bubbles import Bubbles
+from colocc.runtime.crossing import Crossing
 from colocc.runtime.cuda_graphs import CapturedModule
 from colocc.runtime.data import Batches
 from colocc.runtime.execute import Executor
@@ -39,7 +40,7 @@ from colocc.runtime.groups import (
 )
 from colocc.runtime.intake import Intake, take
 from colocc.runtime.redistribution import Redistribution, tensor_dims
-from colocc.runtime.rows import Ids, RowRedistribution, Rows, counted, rows_held
+from colocc.runtime.rows import RowRedistribution
 from colocc.runtime.samples import RowCounts, imbalances, step_samples
 from colocc.runtime.schedule import Schedule, run_step
 from colocc.runtime.texts import gather_texts
@@ -90,7 +91,6 @@ class Program(Modules):
         self.redistributions: dict[str, Redistribution | RowRedistribution] = {}
         self.bubbles: Bubbles | None = None
         self._calls: dict[str, Callable[..., Any]] = {}
-        self._held: dict[fx.Node, tuple[Ids, Rows]] = {}
         self._members: tuple[tuple[int, ...], ...] = ()
         self._world: weakref.ref[dist.ProcessGroup] | None = None
         if self.rank is not None and mine is not None:
@@ -138,6 +138,7 @@ class Program(Modules):
                 self.captured[node.name] = self._calls[node.name] = module
         self._calls |= {n: move for n, move in moves.items() if isinstance(move, RowRedistribution)}
         self.cut = cut(mine)
+        self.crossing = Crossing(self.cut, moves, rank, partial(megatron.no_rows, self.model))
         self._output = mine.output()
         methods = self._quiet.methods() if self._quiet is not None else None
         self._encode, self._language = (
@@ -239,38 +240,16 @@ class Program(Modules):
             for node in self.mine.placeholders()
             if node.meta["phase"] == "encode"
         }
-        assert self.rank is not None
-        self._held = {}
-        for node in self.cut:
-            move = self.redistributions.get(node.name)
-            if (plan := node.meta.get("rows")) is not None:
-                rows = batches.ragged.moved(node)
-                if isinstance(move, RowRedistribution):
-                    move.rows = rows
-                else:
-                    self._held[node] = rows_held(plan, plan.dst, rows, self.rank), rows
+        self.crossing.expect(batches)
         found = self._encode(values, samples=len(batches.microbatches) * batches.size)
-        for place, node in enumerate(self.cut):
-            if node in self._held:
-                value = self._counted(node, found[place])
-                found[place] = megatron.no_rows(self.model) if value is None else value
-        return found
-
-    def _counted(self, node: fx.Node, value: Any) -> Any:
-        """The rows of a value that no redistribution reads."""
-        held, rows = self._held[node]
-        return counted(value, held, rows, f"{node.name} on rank {self.rank}")
+        return self.crossing.kept(found)
 
     def _settle_rows(self, values: Mapping[fx.Node, Any], error: Exception | None) -> None:
         """Raise on every rank alike what went wrong on any of them as it encoded: an ``error``, or
         another number of rows than its samples have placeholders."""
         try:
-            for node in self.cut if error is None else ():
-                move = self.redistributions.get(node.name)
-                if isinstance(move, RowRedistribution):
-                    move.counted(values[node.all_input_nodes[0]])
-                elif node in self._held:
-                    self._counted(node, values[node])
+            if error is None:
+                self.crossing.check(values)
         except LayoutError as problem:
             error = problem
         self.settle(error)
@@ -279,16 +258,6 @@ class Program(Modules):
         """Raise an ``error`` that any rank had when it encoded on every rank; collective."""
         assert self._intake is not None
         self._intake.settle(error)
-
-    def row_counts(self, batches: Batches) -> dict[fx.Node, list[int]]:
-        """Of the values of ``cut`` that are made of rows, this rank's rows in each microbatch."""
-        assert self.rank is not None
-        found = {}
-        for node in self.cut:
-            if (plan := node.meta.get("rows")) is not None:
-                rows = batches.ragged.moved(node)
-                found[node] = rows.by_microbatch(rows_held(plan, plan.dst, rows, self.rank))
-        return found
 
     def check_learns(self, crossing: list[Any]) -> None:
         """Raise LayoutError, where gradients are on, for a value of a module with parameters to

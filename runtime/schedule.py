@@ -184,12 +184,13 @@ class Chunks:
         """Backward of the chunk at hand, which adds to the encoders' gradients; encode the next."""
         self._backward(last=False)
         batches = self.todo.pop(0)
-        encoded = Encoded(self.program.cut, [], self.program.row_counts(batches))
+        encoded = Encoded(self.program.cut, [])
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and self.train),
             self.program.noted("encode"),
         ):
             encoded.whole = self.program.encode(batches)
+            encoded.counts = self.program.crossing.counts()
             self.program.check_learns(encoded.whole)
         count = len(batches.microbatches)
         encoded.cut(count)
