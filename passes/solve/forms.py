@@ -13,7 +13,7 @@ too, and two forms are equal for all ranks exactly if their sums are.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -27,6 +27,7 @@ from colocc.passes.solve.boxes import Intervals
 from colocc.passes.solve.ends import Ints, coordinate, cutting_axes, number, sequence
 from colocc.passes.solve.plan import Holding, Plan
 
+Run = tuple[int, int]
 Tree = int | str | tuple[str, "Tree", "Tree"]
 TOKEN = re.compile(r"\s*(\d{1,9}|[A-Za-z_][\w.]*|//|[%*+()])")
 ZIGZAG = re.compile(r"(?:part (.+) of (\d+) of )?chunks c and (\d+)-c of (\d+), c = (.+)")
@@ -138,13 +139,34 @@ def _sequence_is(form: str, layout: Layout) -> bool:
         pair = (chunk, count - 1 - chunk) if folded else (chunk,)
         # Places are counted in pieces so small that chunks of either kind are whole numbers.
         wide = scale // count
-        local = [piece for c in pair for piece in range(c * wide, (c + 1) * wide)]
-        share = len(local) // lanes
-        held = local[lane * share : (lane + 1) * share]
+        local = [(c * wide, (c + 1) * wide) for c in pair]
+        share = len(local) * wide // lanes
+        held = _between(local, lane * share, (lane + 1) * share)
         step = scale // chunks
-        if held != [piece for a, b in cuts[index] for piece in range(a * step, b * step)]:
+        if held != _joined((a * step, b * step) for a, b in cuts[index]):
             return False
     return True
+
+
+def _between(runs: list[Run], start: int, stop: int) -> list[Run]:
+    """The pieces ``start`` to ``stop`` of those in ``runs``, counted one run after the other."""
+    found, before = [], 0
+    for low, high in runs:
+        first, last = (min(max(low, low + at - before), high) for at in (start, stop))
+        found.append((first, last))
+        before += high - low
+    return _joined(found)
+
+
+def _joined(runs: Iterable[Run]) -> list[Run]:
+    """``runs`` without empty ones, those that meet made one: equal for equal lists of pieces."""
+    found: list[Run] = []
+    for low, high in runs:
+        if found and low < high and found[-1][1] == low:
+            found[-1] = (found[-1][0], high)
+        elif low < high:
+            found.append((low, high))
+    return found
 
 
 def parse(text: str) -> Tree:
