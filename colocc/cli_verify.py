@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -50,6 +51,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help=f"every order of the axes, or {' and '.join(USUAL)}; all up to "
         f"{ALL_ORDERS_UP_TO} ranks if not given",
     )  # fmt: skip
+    parser.add_argument(
+        "--part", default="1/1", metavar="I/N",
+        help="the I-th of N parts, about equally long, of which all together are the whole",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, metavar="N", help="processes, one for each core")
     parser.add_argument("--json", action="store_true", help="one object instead of text")
     return parser
@@ -88,16 +93,19 @@ def run(options: argparse.Namespace) -> int:
     axes, worlds = read_axes(options.axes), read_worlds(options)
     orders = options.orders or ("all" if max(worlds) <= ALL_ORDERS_UP_TO else "usual")
     names = None if orders == "all" else USUAL
+    part = read_part(options.part)
     started = time.perf_counter()
     tally = Tally()
-    for pair, verdict in judged(worlds, axes, names, options.jobs or os.cpu_count() or 1):
+    for pair, verdict in judged(worlds, axes, names, options.jobs or os.cpu_count() or 1, part):
         tally.add(pair, verdict)
     seconds = time.perf_counter() - started
     raw = sum(written(world, axes, names) for world in worlds)
     if options.json:
-        print(json.dumps(as_json(tally, worlds, axes, orders, raw, seconds)))
+        found = as_json(tally, worlds, axes, orders, raw, seconds)
+        print(json.dumps(found | {"part": list(part)}))
     else:
-        print("\n".join(as_text(tally, worlds, axes, orders, raw, seconds)))
+        of_part = [f"part {part[0]} of {part[1]}:"] if part[1] > 1 else []
+        print("\n".join(of_part + as_text(tally, worlds, axes, orders, raw, seconds)))
     return int(any(tally.wrong))
 
 
@@ -107,6 +115,14 @@ def read_axes(text: str) -> tuple[str, ...]:
     if not names or len(set(names)) != len(names) or not set(names) <= set(AXES):
         raise LayoutError(f"--axes is {text[:40]!a}: write some of {','.join(AXES)}, each once")
     return tuple(axis for axis in AXES if axis in names)
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """``I/N`` as numbers. Raises: LayoutError for anything else."""
+    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise LayoutError(f"--part is {text[:40]!a}: write 1/4 for the first of four parts")
+    return int(found[1]), int(found[2])
 
 
 def read_worlds(options: argparse.Namespace) -> list[int]:
@@ -123,16 +139,21 @@ def read_worlds(options: argparse.Namespace) -> list[int]:
 
 
 def judged(
-    worlds: list[int], axes: tuple[str, ...], orders: tuple[str, ...] | None, jobs: int
+    worlds: list[int],
+    axes: tuple[str, ...],
+    orders: tuple[str, ...] | None,
+    jobs: int,
+    part: tuple[int, int] = (1, 1),
 ) -> Iterator[tuple[Pair, Verdict]]:
-    """Every pair and its verdict, from ``jobs`` processes."""
+    """Every pair of a part and its verdict, from ``jobs`` processes."""
     # The largest worlds first: the last chunks are then small.
-    chunks = (
+    every = (
         found[begin : begin + CHUNK]
         for world in reversed(worlds)
         for found in (pairs(world, axes, orders),)
         for begin in range(0, len(found), CHUNK)
     )
+    chunks = itertools.islice(every, part[0] - 1, None, part[1])
     if jobs == 1:
         for chunk in chunks:
             yield from judge_all(chunk)

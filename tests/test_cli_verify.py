@@ -57,6 +57,22 @@ def test_processes_find_what_one_finds(capsys: pytest.CaptureFixture[str]) -> No
     assert found[0] == found[1]
 
 
+def test_parts_are_together_the_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_verify, "CHUNK", 16)
+    found = []
+    for part in ("1/1", "1/3", "2/3", "3/3"):
+        cli_verify.run(options("--ranks", "4", "--jobs", "1", "--json", "--part", part))
+        found.append(json.loads(capsys.readouterr().out))
+    whole, *parts = (one["pairs"] for one in found)
+    assert whole == sum(parts)
+    assert min(parts) > whole / 4
+    assert found[2]["part"] == [2, 3]
+    cli_verify.run(options("--ranks", "4", "--jobs", "1", "--part", "2/3"))
+    assert capsys.readouterr().out.startswith("part 2 of 3:\n")
+
+
 def test_a_wrong_pair_is_shown_and_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +90,7 @@ def test_a_wrong_pair_is_shown_and_fails(
 def test_orders_are_all_up_to_16_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def judged(_: object, __: object, orders: object, ___: object) -> list[object]:
+    def judged(_: object, __: object, orders: object, *more: object) -> list[object]:
         asked.append(orders)
         return []
 
@@ -91,6 +107,8 @@ def test_orders_are_all_up_to_16_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--ranks", "0"), "--ranks is 0: write 1 to 4096"),
         (("--powers", "5000"), "--powers is 5000: write 1 to 4096"),
         (("--ranks", "2", "--jobs", "0"), "--jobs is 0: give at least 1"),
+        (("--ranks", "2", "--part", "3/2"), "--part is '3/2': write 1/4 for the first of four"),
+        (("--ranks", "2", "--part", "0/2"), "--part is '0/2': write 1/4 for the first of four"),
         (("--ranks", "2", "--axes", "tp,xp"), "--axes is 'tp,xp': write some of tp,cp,pp,dp"),
         (("--ranks", "2", "--axes", "tp,tp"), "--axes is 'tp,tp': write some of tp,cp,pp,dp"),
     ],
