@@ -40,7 +40,7 @@ from colocc.runtime.groups import (
 )
 from colocc.runtime.intake import Intake, take
 from colocc.runtime.redistribution import Redistribution, tensor_dims
-from colocc.runtime.rows import RowRedistribution
+from colocc.runtime.row_moves import RowRedistribution
 from colocc.runtime.samples import RowCounts, imbalances, step_samples
 from colocc.runtime.schedule import Schedule, run_step
 from colocc.runtime.texts import gather_texts

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from colocc.runtime.data import Batches
-from colocc.runtime.rows import Ids, RowRedistribution, Rows, counted, rows_held
+from colocc.runtime.row_moves import RowRedistribution
+from colocc.runtime.rows import Ids, Rows, counted, rows_held
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,8 @@ from colocc.runtime.data import cut_sequence
 from colocc.runtime.holdings import holding_of, sample_runs
 from colocc.runtime.parts import Run
 from colocc.runtime.redistribution import Redistribution
-from colocc.runtime.rows import RowRedistribution, Rows
+from colocc.runtime.row_moves import RowRedistribution
+from colocc.runtime.rows import Rows
 from colocc.runtime.texts import device_of_messages
 
 if TYPE_CHECKING:

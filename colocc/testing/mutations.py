@@ -21,7 +21,8 @@ import torch.distributed as dist
 from colocc.runtime import gradients, megatron, schedule
 from colocc.runtime.data import Batches
 from colocc.runtime.redistribution import Redistribution
-from colocc.runtime.rows import RowRedistribution, rows_held
+from colocc.runtime.row_moves import RowRedistribution
+from colocc.runtime.rows import rows_held
 
 if TYPE_CHECKING:
     from colocc.program import Program

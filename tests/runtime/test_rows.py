@@ -1,4 +1,4 @@
-"""Covers runtime/rows.py: rows that name their sample and position, moved and compared exactly."""
+"""Covers runtime/rows.py and row_moves.py: rows that name their sample and position, moved and compared exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from colocc.layout import Layout
 from colocc.passes.solve.plan import Plan
 from colocc.passes.solve.solver import solve
 from colocc.runtime.groups import close_groups, open_groups
-from colocc.runtime.rows import Cells, RowRedistribution, Rows, units_of
+from colocc.runtime.row_moves import RowRedistribution
+from colocc.runtime.rows import Cells, Rows, units_of
 from colocc.sequence import cuts
 from tests.harness import run_threads
 
