@@ -1,4 +1,5 @@
-"""Covers runtime/rows.py and row_moves.py: rows that name their sample and position, moved and compared exactly."""
+"""Covers runtime/rows.py and row_moves.py: rows that name their sample and position, moved and
+compared exactly."""
 
 from __future__ import annotations
 
