@@ -101,6 +101,15 @@ def counted(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Ten
     return scatter(model, text, ids, pixels, rows * float(len(pixels)))
 
 
+def averaged(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Tensor) -> Tensor:
+    return scatter(model, text, ids, pixels, rows / rows.shape[0])
+
+
+def placed(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Tensor) -> Tensor:
+    place = torch.arange(pixels.shape[0])[:, None, None]
+    return scatter(model, text, ids, pixels, rows + place)
+
+
 def branching(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Tensor) -> Tensor:
     return scatter(model, text, ids, pixels, rows if pixels.shape[0] > 3 else -rows)
 
@@ -121,6 +130,8 @@ def twice(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Tenso
         (joined, "einsum mixes samples with items of vision"),
         (summed, "mean on a tensor that is split by sample may mix samples"),
         (counted, "the number of items of vision, 4 in the example, is used as a plain number"),
+        (averaged, "div takes the number of items of vision for a plain number"),
+        (placed, "arange takes the number of items of vision for a plain number"),
         (branching, "a branch asks whether items of vision > 3"),
         (nowhere, "Gallery never puts the rows that vision makes of its items into samples"),
         (twice, "are put at other places than at"),
@@ -131,6 +142,40 @@ def test_glue_that_may_not(merge: Merge, problem: str) -> None:
         program_of(merge)
     assert problem in str(info.value)
     assert merge is nowhere or "test_items.py:" in str(info.value)
+
+
+def per_item(out: Tensor, pixels: Tensor) -> Tensor:
+    return out / pixels.shape[0]
+
+
+def mean_of_items(out: Tensor, pixels: Tensor) -> Tensor:
+    return out + pixels.mean()
+
+
+def mean_of_samples(out: Tensor, pixels: Tensor) -> Tensor:
+    return out.sum() / out.shape[0]
+
+
+class Loss(Gallery):
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
+        out: Tensor = self.loss(super().forward(ids, pixels), pixels)
+        return out
+
+
+@pytest.mark.parametrize("loss", [per_item, mean_of_items])
+def test_a_loss_over_items_is_refused(loss: Any) -> None:
+    """Replicas have any number of them: the mean of their means is not that of one process."""
+    with pytest.raises(CaptureError, match=r"items of vision for a plain number|mean on a tensor"):
+        colocc.compile(Loss(loss).double(), LAYOUTS, example_inputs=EXAMPLE, batch_dims=DIMS)
+
+
+def test_a_loss_may_be_a_mean_of_samples() -> None:
+    model = Loss(mean_of_samples).double()
+    colocc.compile(model, LAYOUTS, example_inputs=EXAMPLE, batch_dims=DIMS)
 
 
 def test_a_branch_that_any_number_of_items_takes_alike() -> None:
