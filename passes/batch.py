@@ -166,7 +166,8 @@ def check_glue(graph: Graph) -> None:
             continue
         _check_numbers(graph, node, own)
         # Replicas have equally many samples, and any number of items.
-        if any("items" in n.meta for n in node.all_input_nodes) or (not own and _reads_batch(node)):
+        items = any("items" in n.meta for n in node.all_input_nodes) and not node.meta.get("apart")
+        if items or (not own and _reads_batch(node)):
             _check(graph, node)
 
 
