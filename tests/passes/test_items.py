@@ -185,6 +185,30 @@ def test_a_branch_that_any_number_of_items_takes_alike() -> None:
     assert "guard   items" not in str(program_of(merge))
 
 
+class Convolved(Gallery):
+    """An image of h by w makes h * w / 4 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = torch.nn.Conv2d(3, 8, 2, 2)  # type: ignore[assignment]
+
+    def forward(self, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
+        text = self.language.embed(ids)
+        rows = self.vision(pixels).flatten(2).transpose(1, 2)
+        assert pixels is not None
+        out: Tensor = self.language(scatter(self, text, ids, pixels, rows))
+        return out
+
+
+def test_a_size_that_an_operation_fixes_is_a_guard() -> None:
+    """A height of one row is broadcast: with two rows the shapes were others."""
+    example = EXAMPLE | {"pixels": torch.zeros(4, 3, 2, 4, dtype=torch.float64)}
+    model = Convolved().double()
+    page = str(colocc.compile(model, LAYOUTS, example_inputs=example, batch_dims=DIMS))
+    assert "pixels.shape[2] == 2 " in page
+    assert "pixels.shape[3] ==" not in page
+
+
 # ---------------------------------------------------------------- what is said wrong
 
 
