@@ -134,7 +134,7 @@ class Recorder(Nodes, TorchFunctionMode):
                 f"{self.sizes.hints[fixed]}"
             )
         for symbol, known in self.sizes.environment.replacements.items():
-            # What torch itself asks of a size, to broadcast or to view, is no branch of the forward.
+            # What torch asks of a size, to broadcast or to view, is no branch of the forward.
             if symbol in self.sizes.hints and known.is_Integer:
                 self._guard_fixed(symbol, _name(func))
         return value
