@@ -125,6 +125,10 @@ class Sampler(torch.utils.data.Sampler[list[Wanted]]):
             path = node.meta["path"]
             for place in read[node.meta["module"]] if path not in whole else ():
                 inputs.setdefault(place, set()).add(".".join(path))
+        for module, places in self.program.graph.rows.items():
+            # rows= may read an input that the forward does not.
+            for place in read[module] if places.names else ():
+                inputs.setdefault(place, set()).update(places.names or ())
         return [
             Wanted(int(indices[place]), *place, frozenset(inputs[place]))
             for place in sorted(inputs)

@@ -147,6 +147,13 @@ SHAPING = frozenset(
 FLATTENING = frozenset(["reshape", "view", "flatten", "unflatten"])
 LAST_DIM = frozenset(["linear", "embedding"])
 NORMS = frozenset(["layer_norm", "rms_norm"])
+# Operations that read numbers as sizes of their result; what full() fills it with is a value.
+FILLED = frozenset(["full", "new_full"])
+SIZED = FLATTENING | FILLED
+SIZED |= frozenset(["expand", "broadcast_to", "repeat", "tile", "split", "split_with_sizes"])
+SIZED |= frozenset(
+    ["zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty"]
+)
 
 
 def check_glue(graph: Graph) -> None:
@@ -154,9 +161,13 @@ def check_glue(graph: Graph) -> None:
     sink's layout computes for no module, or from what the sink made, sees its microbatch."""
     after, before = _after_sink(graph), _before_modules(graph)
     for node in graph.fx.nodes:
-        if node.meta["module"] == graph.sink and node not in before:
+        own = node in after or (node.meta["module"] == graph.sink and node not in before)
+        if not _is_glue(graph, node):
             continue
-        if node not in after and _is_glue(graph, node) and _reads_batch(node):
+        _check_numbers(graph, node, own)
+        # Replicas have equally many samples, and any number of items.
+        items = any("items" in n.meta for n in node.all_input_nodes) and not node.meta.get("apart")
+        if items or (not own and _reads_batch(node)):
             _check(graph, node)
 
 
@@ -193,6 +204,36 @@ def _batch(node: Any) -> int | None:
     return found.batch if found is not None else None
 
 
+def _name(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.meta["kind"]).lower()
+    return str(getattr(node.target, "__name__", node.target)).lower().strip("_")
+
+
+def _check_numbers(graph: Graph, node: fx.Node, own: bool) -> None:
+    """Raise CaptureError for an operation that reads the number of samples, or of items, as a
+    value: each rank has its own. The user's ``own`` loss may be a mean over its samples."""
+    if graph.guards is None:
+        return
+    things = {} if own else {graph.guards.batch: "samples"}
+    things |= {symbol: f"items of {name}" for name, symbol in graph.guards.items.items()}
+    name = _name(node)
+    fill = (*node.args[2 if node.op == "call_method" else 1 :], node.kwargs.get("fill_value"))
+    for source in node.all_input_nodes:
+        if not isinstance(source.target, Number) or (
+            name in SIZED and not (name in FILLED and source in fill)
+        ):
+            continue
+        grows = next((s for s in things if s in source.target.expr.free_symbols), None)
+        if grows is not None:
+            raise CaptureError(
+                f"{node.meta['line'] or node.name}: {name} takes the number of {things[grows]} for "
+                "a plain number, and each rank sees only some of them. Use it for shapes alone, or "
+                "move that code into a function marked @colocc.leaf or a module that the layouts "
+                "name."
+            )
+
+
 def _check(graph: Graph, node: fx.Node) -> None:
     if scattered(node) is not None and any("items" in n.meta for n in node.all_input_nodes):
         return
@@ -200,9 +241,7 @@ def _check(graph: Graph, node: fx.Node) -> None:
     if guard is not None and graph.guards is not None:
         graph.guards.scatters.append(guard)
         return
-    name = str(getattr(node.target, "__name__", node.target)).lower().strip("_")
-    if node.op == "call_module":
-        name = str(node.meta["kind"]).lower()
+    name = _name(node)
     checks: list[tuple[bool, Callable[[fx.Node, str], bool]]] = [
         (name in POINTWISE, _same_batch),
         (name in BY_DIM, _other_dim),

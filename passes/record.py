@@ -133,6 +133,10 @@ class Recorder(Nodes, TorchFunctionMode):
                 f"{_name(func)} fixes the number of {self._things(fixed)} to the example's "
                 f"{self.sizes.hints[fixed]}"
             )
+        for symbol, known in self.sizes.environment.replacements.items():
+            # What torch asks of a size, to broadcast or to view, is no branch of the forward.
+            if symbol in self.sizes.hints and known.is_Integer:
+                self._guard_fixed(symbol, _name(func))
         return value
 
     def _record(self, func: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> fx.Node:

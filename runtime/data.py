@@ -22,7 +22,14 @@ from colocc.passes.graph import Graph
 from colocc.passes.rows import BatchDims, RowsPerItem, dim_of, has_rows, items_of, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.boxes import Intervals
-from colocc.runtime.fields import check_kinds, check_masks, check_tokens, holds_items, is_shared
+from colocc.runtime.fields import (
+    check_by_token,
+    check_kinds,
+    check_masks,
+    check_tokens,
+    holds_items,
+    is_shared,
+)
 from colocc.runtime.guards import check_guards
 from colocc.runtime.holdings import assigner, holding_of, sample_runs, units_in
 from colocc.runtime.items import Learned
@@ -67,6 +74,7 @@ class Batches:
         check_divides(graph, len(microbatches), self.size)
         if local is not None:
             self.parts = self._parts(local, encodes)
+        check_by_token(graph, microbatches)
         check_sequences(graph, microbatches)
         modules = graph.rows if encodes else {}
         self.ragged = Ragged(

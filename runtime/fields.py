@@ -78,6 +78,36 @@ def holds_items(graph: Graph, node: fx.Node) -> bool:
     return "items" in node.meta or (places is not None and places.token is not None)
 
 
+BY_TOKEN = ("labels", "loss_mask", "position_ids")
+
+
+def check_by_token(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None:
+    """Raise LayoutError for a field with an entry for each token that has another number of them
+    than input_ids, labels that are no integers, or a field that only some microbatches have.
+
+    One stage of the pipeline alone reads each: what it raised would leave the others waiting.
+    """
+    tokens = any(places.token is not None for places in graph.rows.values())
+    for name in BY_TOKEN if tokens else ():
+        given = [batch.get(name) is not None for batch in microbatches]
+        if any(given) and not all(given):
+            raise LayoutError(
+                f"microbatch {given.index(False)} has no {name}, others of the step have: give it "
+                "to all of them, or to none"
+            )
+        for index, batch in enumerate(microbatches if all(given) else ()):
+            value, length = batch[name], batch["input_ids"].shape[1]
+            dims = (2, 3) if name == "position_ids" else (2,)
+            whole = name == "labels" or (name == "position_ids" and value.dim() == 2)
+            odd = whole and (value.is_floating_point() or value.dtype == torch.bool)
+            if value.dim() not in dims or value.shape[-1] != length or odd:
+                kind = str(value.dtype).removeprefix("torch.")
+                raise LayoutError(
+                    f"{name} of microbatch {index} is {kind} {list(value.shape)}: give "
+                    f"{'integers ' * whole}[samples, {length}], as input_ids has {length} tokens"
+                )
+
+
 def is_shared(value: Any) -> bool:
     """Whether a mask is one for all samples: [1, 1, s, s]."""
     return isinstance(value, torch.Tensor) and value.shape[:1] == (1,)
@@ -105,11 +135,13 @@ def check_masks(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None
                 )
             tokens = batch["input_ids"].shape[1]
             good = isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[3] == tokens
-            if not good or mask.shape[2] not in (1, tokens):
-                found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            if not good or mask.shape[2] not in (1, tokens) or mask.dtype != torch.bool:
+                found = type(mask).__name__
+                if isinstance(mask, torch.Tensor):
+                    found = f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
                 raise LayoutError(
-                    f"{what} is {found}: give [samples or 1, heads or 1, {tokens} or 1, {tokens}], "
-                    "True where a position must not be seen"
+                    f"{what} is {found}: give bool [samples or 1, heads or 1, {tokens} or 1, "
+                    f"{tokens}], True where a position must not be seen"
                 )
 
 

@@ -222,6 +222,27 @@ def test_each_rank_loads_its_own_images(alike: bool, balance: bool) -> None:
     )
 
 
+def test_a_sampler_wants_what_rows_reads_alone() -> None:
+    """The forward of Strips takes the sizes for a list: no node of the graph reads them."""
+
+    def main(_: int) -> set[frozenset[str]]:
+        with colocc.compile(
+            Strips().double(),
+            LAYOUTS,
+            example_inputs=strips_of([[2], [3], [], []]),
+            batch_dims=STRIP_DIMS,
+            rows={"vision": sizes_of},
+            batches="local",
+        ) as program:
+            sampler = colocc.Sampler(
+                program, 4, num_microbatches=1, batch_size=4, rows={"vision": [4, 0, 2, 4]}
+            )
+            return {wanted.inputs for wanted in next(iter(sampler))}
+
+    whole, text = frozenset({"ids", "patches", "sizes"}), frozenset({"ids"})
+    assert set().union(*run_threads(4, main, timeout=60)) == {whole, text}
+
+
 def test_images_that_go_to_other_samples_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairing by position, as the slots of an encoder hold them, is the error of others."""
     cut = ModuleItems.cut

@@ -114,6 +114,45 @@ def test_glue_that_mixes_samples_is_refused(name: str) -> None:
         assert "@colocc.leaf" in message
 
 
+NUMBERS: dict[str, tuple[str, Glue]] = {
+    "a mean by hand": ("div", lambda x, mask: x.cumsum(1) / x.shape[0]),
+    "its root": ("div", lambda x, mask: x / x.shape[0] ** 0.5),
+    "all elements": ("div", lambda x, mask: x / x.numel()),
+    "in place": ("mul_", lambda x, mask: x.clone().mul_(x.shape[0])),
+    "a position": ("arange", lambda x, mask: x + torch.arange(x.shape[0])[:, None, None]),
+    "one hot": ("eye", lambda x, mask: x + torch.eye(x.shape[0], 8)[:, None]),
+    "a fill": ("full", lambda x, mask: x + torch.full((x.shape[0], 1, 1), x.shape[0])),
+    "alpha": ("add", lambda x, mask: torch.add(x, x, alpha=x.shape[0])),
+    "where": ("where", lambda x, mask: torch.where(x > 0, x, x.shape[0])),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_number_of_samples_as_a_value_is_refused(name: str) -> None:
+    operation, glue = NUMBERS[name]
+    with pytest.raises(CaptureError) as info:
+        pair_graph(glue)
+    message = str(info.value)
+    assert "passes/test_batch.py:" in message
+    assert f": {operation.strip('_')} takes the number of samples for a plain number" in message
+    assert "@colocc.leaf" in message
+
+
+SHAPES: dict[str, Glue] = {
+    "view": lambda x, mask: x.view(x.shape[0], -1).view(x.shape[0], 5, 8),
+    "zeros": lambda x, mask: x + torch.zeros(x.shape[0], 5, 1),
+    "full": lambda x, mask: x + torch.full((x.shape[0], 1, 1), 2.0),
+    "expand": lambda x, mask: torch.cat([x, torch.ones(1, 1, 8).expand(x.shape[0], 1, 8)], 1),
+    "repeat": lambda x, mask: torch.cat([x, torch.ones(1, 1, 8).repeat(x.shape[0], 1, 1)], 1),
+    "another size": lambda x, mask: x / x.shape[1],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_number_of_samples_may_be_a_size(name: str) -> None:
+    assert len(pair_graph(SHAPES[name]).plans) == 1
+
+
 def test_the_whole_message() -> None:
     with pytest.raises(CaptureError) as info:
         pair_graph(center)

@@ -101,6 +101,15 @@ def counted(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Ten
     return scatter(model, text, ids, pixels, rows * float(len(pixels)))
 
 
+def averaged(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Tensor) -> Tensor:
+    return scatter(model, text, ids, pixels, rows / rows.shape[0])
+
+
+def placed(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Tensor) -> Tensor:
+    place = torch.arange(pixels.shape[0])[:, None, None]
+    return scatter(model, text, ids, pixels, rows + place)
+
+
 def branching(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Tensor) -> Tensor:
     return scatter(model, text, ids, pixels, rows if pixels.shape[0] > 3 else -rows)
 
@@ -121,6 +130,8 @@ def twice(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Tenso
         (joined, "einsum mixes samples with items of vision"),
         (summed, "mean on a tensor that is split by sample may mix samples"),
         (counted, "the number of items of vision, 4 in the example, is used as a plain number"),
+        (averaged, "div takes the number of items of vision for a plain number"),
+        (placed, "arange takes the number of items of vision for a plain number"),
         (branching, "a branch asks whether items of vision > 3"),
         (nowhere, "Gallery never puts the rows that vision makes of its items into samples"),
         (twice, "are put at other places than at"),
@@ -133,11 +144,69 @@ def test_glue_that_may_not(merge: Merge, problem: str) -> None:
     assert merge is nowhere or "test_items.py:" in str(info.value)
 
 
+def per_item(out: Tensor, pixels: Tensor) -> Tensor:
+    return out / pixels.shape[0]
+
+
+def mean_of_items(out: Tensor, pixels: Tensor) -> Tensor:
+    return out + pixels.mean()
+
+
+def mean_of_samples(out: Tensor, pixels: Tensor) -> Tensor:
+    return out.sum() / out.shape[0]
+
+
+class Loss(Gallery):
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
+        out: Tensor = self.loss(super().forward(ids, pixels), pixels)
+        return out
+
+
+@pytest.mark.parametrize("loss", [per_item, mean_of_items])
+def test_a_loss_over_items_is_refused(loss: Any) -> None:
+    """Replicas have any number of them: the mean of their means is not that of one process."""
+    with pytest.raises(CaptureError, match=r"items of vision for a plain number|mean on a tensor"):
+        colocc.compile(Loss(loss).double(), LAYOUTS, example_inputs=EXAMPLE, batch_dims=DIMS)
+
+
+def test_a_loss_may_be_a_mean_of_samples() -> None:
+    model = Loss(mean_of_samples).double()
+    colocc.compile(model, LAYOUTS, example_inputs=EXAMPLE, batch_dims=DIMS)
+
+
 def test_a_branch_that_any_number_of_items_takes_alike() -> None:
     def merge(model: Gallery, text: Tensor, ids: Tensor, pixels: Tensor, rows: Tensor) -> Tensor:
         return scatter(model, text, ids, pixels, rows) if pixels.shape[0] > 0 else text
 
     assert "guard   items" not in str(program_of(merge))
+
+
+class Convolved(Gallery):
+    """An image of h by w makes h * w / 4 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = torch.nn.Conv2d(3, 8, 2, 2)  # type: ignore[assignment]
+
+    def forward(self, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
+        text = self.language.embed(ids)
+        rows = self.vision(pixels).flatten(2).transpose(1, 2)
+        assert pixels is not None
+        out: Tensor = self.language(scatter(self, text, ids, pixels, rows))
+        return out
+
+
+def test_a_size_that_an_operation_fixes_is_a_guard() -> None:
+    """A height of one row is broadcast: with two rows the shapes were others."""
+    example = EXAMPLE | {"pixels": torch.zeros(4, 3, 2, 4, dtype=torch.float64)}
+    model = Convolved().double()
+    page = str(colocc.compile(model, LAYOUTS, example_inputs=example, batch_dims=DIMS))
+    assert "pixels.shape[2] == 2 " in page
+    assert "pixels.shape[3] ==" not in page
 
 
 # ---------------------------------------------------------------- what is said wrong

@@ -12,7 +12,7 @@ from torch import fx
 from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.passes.graph import Graph, token_places
-from colocc.runtime.fields import check_kinds, check_masks, check_tokens, plain
+from colocc.runtime.fields import check_by_token, check_kinds, check_masks, check_tokens, plain
 
 IDS = torch.zeros(4, 6, dtype=torch.int64)
 PIXELS = torch.zeros(3, 2)
@@ -92,9 +92,43 @@ def test_masks(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 1, 6, 5), (4, 1, 5, 6)])
 def test_masks_of_other_shapes(shape: tuple[int, ...]) -> None:
-    message = r"attention_mask of microbatch 0 is .* give .samples or 1, heads or 1, 6 or 1, 6."
+    message = (
+        r"attention_mask of microbatch 0 is .* give bool .samples or 1, heads or 1, 6 or 1, 6."
+    )
     with pytest.raises(LayoutError, match=message):
         check_masks(graph(), [batch(attention_mask=torch.zeros(shape) > 0)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_masks_of_other_dtypes(dtype: torch.dtype) -> None:
+    mask = torch.zeros(4, 1, 6, 6, dtype=dtype)
+    with pytest.raises(LayoutError, match=r"attention_mask of microbatch 0 is (float32|int64) "):
+        check_masks(graph(), [batch(attention_mask=mask)])
+
+
+def test_fields_with_an_entry_for_each_token() -> None:
+    good = batch(loss_mask=IDS > 0, position_ids=IDS)
+    check_by_token(graph(), [good, good])
+    check_by_token(graph(), [batch(position_ids=torch.zeros(3, 4, 6)), batch(position_ids=IDS)])
+    check_by_token(graph(), [batch(labels=None), batch(labels=None)])
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        ([batch(), batch(labels=None)], "microbatch 1 has no labels, others of the step have"),
+        ([batch(labels=IDS[:, :5])], r"labels of microbatch 0 is int64 \[4, 5\]: give integers"),
+        ([batch(labels=IDS.float())], r"labels of microbatch 0 is float32 \[4, 6\]: give integers"),
+        (
+            [batch(loss_mask=IDS[..., None])],
+            r"loss_mask of microbatch 0 is int64 \[4, 6, 1\]: give",
+        ),
+        ([batch(position_ids=IDS[0])], r"position_ids of microbatch 0 is int64 \[6\]: give"),
+    ],
+)
+def test_fields_that_have_other_tokens(step: list[dict[str, Any]], problem: str) -> None:
+    with pytest.raises(LayoutError, match=problem):
+        check_by_token(graph(), step)
 
 
 def test_masks_that_nothing_can_read() -> None:
