@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from colocc.errors import CaptureError
-from colocc.passes.graph import Graph, first_type
+from colocc.passes.graph import Graph
 from colocc.passes.guards import Guards, ScatterGuard
 from colocc.passes.shapes import attribute, lookup
 from colocc.passes.sizes import evaluated
@@ -25,28 +25,11 @@ def check_guards(graph: Graph, batch: Mapping[str, Any], samples: int, where: st
     if guards is None:
         return
     counts = sorted({max(1, samples // layout.dp) for layout in graph.layouts.values()})
-    problem = _other_kind(graph, batch) or guards.failed(batch, samples, counts)
+    problem = guards.failed(batch, samples, counts)
     for scatter in guards.scatters if problem is None else ():
         problem = problem or _miscounted(guards, scatter, batch, samples)
     if problem is not None:
         raise CaptureError(f"{where}: {problem}")
-
-
-def _other_kind(graph: Graph, batch: Mapping[str, Any]) -> str | None:
-    """What is wrong with an input of a recorded forward that is no tensor, or one of other dims."""
-    for node in graph.placeholders():
-        found, value = first_type(node.meta["types"]), lookup(batch, node.meta["path"])
-        if found is None or found.open or value is None:
-            continue
-        name = ".".join(node.meta["path"])
-        if not isinstance(value, torch.Tensor):
-            return f"{name} is a {type(value).__name__}, and was a tensor in the example"
-        if value.dim() != len(found.dims):
-            return (
-                f"{name} is {list(value.shape)}, and the graph holds for {len(found.dims)} dims. "
-                "Give it as the example had it, or compile again with such a batch."
-            )
-    return None
 
 
 def _miscounted(

@@ -48,20 +48,6 @@ def graph() -> Graph:
     return passes.run(Model(), PAIR_LAYOUTS, reductions={}, example_inputs=batch())
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "text"),
-    [
-        ("ids", torch.zeros(8, 6, 1, dtype=torch.long), "ids is [8, 6, 1], and the graph holds"),
-        ("pixels", torch.zeros(8), "pixels is [8], and the graph holds for 3 dims"),
-        ("pixels", {"x": torch.zeros(8, 2, 4)}, "pixels is a dict, and was a tensor"),
-    ],
-)
-def test_an_input_of_another_kind(graph: Graph, name: str, value: Any, text: str) -> None:
-    with pytest.raises(CaptureError) as error:
-        check_guards(graph, batch() | {name: value}, 8, "microbatch 3")
-    assert str(error.value).startswith("microbatch 3: " + text)
-
-
 def test_what_the_graph_takes_for_granted(graph: Graph) -> None:
     assert graph.guards is not None
     shown = [f"{what} | {line.partition(' ')[2][:35]}" for what, line in graph.guards.lines()]
