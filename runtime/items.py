@@ -259,12 +259,14 @@ class ModuleItems:
 
 
 def narrowed(value: Any, cut: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``value`` with each tensor in it that has a dim cut."""
     return pytree.tree_map(
         lambda leaf: cut(leaf) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf, value
     )
 
 
 def joined(parts: list[Any]) -> Any:
+    """The parts of one input as one: their tensors along dim 0."""
     if len(parts) == 1:
         return parts[0]
 
