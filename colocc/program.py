@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,9 +45,6 @@ from colocc.runtime.samples import RowCounts, imbalances, step_samples
 from colocc.runtime.schedule import Schedule, run_step
 from colocc.runtime.texts import gather_texts
 from colocc.runtime.trace import Recorder, chrome, from_text, picture, to_text
-
-if TYPE_CHECKING:
-    pass
 
 
 class Program(Modules):

@@ -14,21 +14,8 @@ from colocc.runtime import cpu
 from colocc.testing import Run, compare, float64, mutated, observed, oracle, watch_input
 from tests import mimo
 from tests.harness import ProcessPool
+from tests.passes.solve.pairs import TUPLES as TUPLES
 
-# Design section 7: encoder tp,dp -> language tp,pp,dp, on 8 ranks.
-TUPLES = [
-    ((2, 4), (4, 1, 2)),
-    ((4, 2), (2, 1, 4)),
-    ((4, 2), (4, 1, 2)),
-    ((2, 4), (2, 2, 2)),
-    ((4, 2), (2, 2, 2)),
-    ((1, 8), (4, 2, 1)),
-    ((4, 2), (1, 2, 4)),
-    ((1, 8), (2, 2, 2)),
-    ((8, 1), (1, 1, 8)),
-    ((8, 1), (2, 2, 2)),
-    ((2, 4), (1, 4, 2)),
-]
 ORDERS = ["tp-cp-ep-dp-pp", "tp-cp-pp-dp"]
 BATCH = 8
 

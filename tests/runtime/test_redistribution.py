@@ -15,21 +15,8 @@ from colocc.runtime.groups import close_groups, open_groups
 from colocc.runtime.holdings import sample_runs
 from colocc.runtime.redistribution import Redistribution
 from tests.harness import run_threads
+from tests.passes.solve.pairs import TUPLES
 
-# Design section 7: encoder tp,dp -> language tp,pp,dp, on 8 ranks.
-TUPLES = [
-    ((2, 4), (4, 1, 2)),
-    ((4, 2), (2, 1, 4)),
-    ((4, 2), (4, 1, 2)),
-    ((2, 4), (2, 2, 2)),
-    ((4, 2), (2, 2, 2)),
-    ((1, 8), (4, 2, 1)),
-    ((4, 2), (1, 2, 4)),
-    ((1, 8), (2, 2, 2)),
-    ((8, 1), (1, 1, 8)),
-    ((8, 1), (2, 2, 2)),
-    ((2, 4), (1, 4, 2)),
-]
 ORDERS = ["tp-cp-ep-dp-pp", "tp-cp-pp-dp"]
 WORLD, COLUMNS = 8, 3
 # (rows per unit, batch dim)
