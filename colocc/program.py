@@ -285,11 +285,12 @@ class Program(Modules):
                 )
 
     def look_ahead(self, batches: Batches) -> None:
-        """Learn what the language phase of ``batches`` must know of its values, in one wait."""
+        """Learn what the language phase of ``batches`` must know of its values."""
         ids = [n for n in self.mine.placeholders() if n.meta["path"] == ("input_ids",)]
         if self._quiet is not None and ids and self._looks(ids[0]):
             every = range(len(batches.microbatches))
-            self._quiet.count([batches.sink_input(ids[0], index) for index in every])
+            mine = [batches.sink_input(ids[0], index) for index in every]
+            self._quiet.know(batches.placeholders(), mine)
 
     @staticmethod
     def _looks(node: fx.Node) -> bool:
@@ -325,7 +326,8 @@ class Program(Modules):
         with intake.unless_wrong():
             (batches,) = self._agreed(lambda: [intake.prepare([batch])])
             self.look_ahead(batches)
-            return self.language(batches, 0, self.encode(batches))
+            with self.steady():
+                return self.language(batches, 0, self.encode(batches))
 
     def forward_backward(
         self,
@@ -359,7 +361,7 @@ class Program(Modules):
             )
             return [*chunks, whole]
 
-        with intake.unless_wrong():
+        with intake.unless_wrong(), self.steady():
             *chunks, found = self._agreed(prepared)
             return run_step(
                 self,
@@ -420,6 +422,14 @@ class Program(Modules):
         if self.recorder is None:
             return contextlib.nullcontext()
         return self.recorder.span(kind, microbatch)
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """Inside, nobody moves weights or changes how an encoder runs."""
+        with contextlib.ExitStack() as stack:
+            for module in self.captured.values():
+                stack.enter_context(module.steady())
+            yield
 
     def replays(self, name: str) -> bool:
         """Whether the module ``name`` runs as CUDA graphs."""

@@ -25,8 +25,9 @@ from colocc.runtime.lanes import Lanes
 if TYPE_CHECKING:
     from colocc.program import Program
 
-# What another portion costs, as a share of the step: each has kernels of its own to launch.
-PORTION_COST = 0.02
+# What a portion costs whatever its size, in tokens: weights are read, their gradients added; and
+# without CUDA graphs the host launches a few thousand kernels.
+PORTION_TOKENS, LAUNCHED_TOKENS = 400, 1600
 # The fewest hardware queues for the streams of a step.
 QUEUES = 16
 
@@ -265,7 +266,7 @@ class Bubbles:
         for portions in choices:
             costs = self._costs(batches, rows, seq_length, portions)
             timeline = fill(self.sink.pp, count, portions, costs, window=self.window)
-            found.append((timeline.length * (1 + PORTION_COST * portions), portions, timeline))
+            found.append((timeline.length, portions, timeline))
         _, portions, timeline = min(found, key=lambda one: one[:2])
         return portions, timeline
 
@@ -277,7 +278,8 @@ class Bubbles:
         share = batches.size // self.sink.dp
         forward = sink * share * seq_length
         samples = batches.size / portions / len(self.portions.slots[0])
-        encode = encoder * samples * rows.shape[rows.dim]
+        fixed = PORTION_TOKENS if self.program.captured else LAUNCHED_TOKENS
+        encode = encoder * (samples * rows.shape[rows.dim] + fixed)
         return Costs(forward, 2 * forward, encode, 2 * encode)
 
     def _weights(self) -> tuple[float, float]:

@@ -9,10 +9,11 @@ be captured, it runs as it is, with a warning that says why.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,18 @@ class CapturedModule:
         self.reason: str | None = None
         self._pairs: dict[Any, list[_Pair]] = {}
         self._seen: tuple[nn.Module, _Weights] | None = None
+        self._steady = False
+        self._state: tuple[Any, ...] | None = None
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """Inside, nobody moves or freezes weights, or changes how the module runs: so that is
+        looked at once, which takes the host as long as a hundred launches."""
+        self._steady = True
+        try:
+            yield
+        finally:
+            self._steady, self._state = False, None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns; without gradients, by running it."""
@@ -61,7 +74,7 @@ class CapturedModule:
         return sum(len(pairs) for pairs in self._pairs.values())
 
     def _look(self, module: nn.Module, leaves: list[Any]) -> None:
-        reason = megatron.uncapturable(module)
+        reason = None if self._state is not None else megatron.uncapturable(module)
         if not torch.cuda.is_available():
             reason = "there is no GPU"
         elif self.layout.size != self.layout.dp * self.layout.pp:
@@ -84,7 +97,9 @@ class CapturedModule:
         self, module: nn.Module, weights: _Weights, leaves: list[Any], spec: Any
     ) -> _Pair | None:
         """A pair for these inputs that nothing is under way in; None if there cannot be one."""
-        kind = (spec, weights.state(), tuple(_kind(leaf) for leaf in leaves))
+        state = self._state or weights.state()
+        self._state = state if self._steady else None
+        kind = (spec, state, tuple(_kind(leaf) for leaf in leaves))
         pairs = self._pairs.setdefault(kind, [])
         if (free := next((pair for pair in pairs if pair.free), None)) is not None:
             return free
@@ -167,7 +182,8 @@ class _Pair:
         with torch.cuda.stream(stream):
             # Once beside the graphs: libraries make their workspaces and kernels are loaded, which
             # a capture must not see.
-            made = self._make(module, weights.aliases(lambda alias: None), leaves, spec)
+            dry = functools.partial(megatron.add_gradient, dry=True)
+            made = self._make(module, weights.aliases(dry), leaves, spec)
             learning = _learning(pytree.tree_leaves(made))
             if learning:
                 torch.autograd.backward(learning, [torch.zeros_like(out) for out in learning])

@@ -166,6 +166,16 @@ class Batches:
         size = self.size // self.sink.dp
         return replica * size, (replica + 1) * size
 
+    def placeholders(self) -> dict[str, list[int]]:
+        """How many placeholders this rank's replica of the sink reads in each microbatch, of each
+        module whose rows have their places in input_ids."""
+        first, last = self._replica()
+        return {
+            name: [int(found[first:last].sum()) for found in module.placeholders]
+            for name, module in self.ragged.modules.items()
+            if module.places.mask is None
+        }
+
     def sink_input(self, node: fx.Node, microbatch: int) -> Any:
         """The samples of one microbatch that this rank's replica of the sink reads."""
         name = node.meta["path"][0]

@@ -73,7 +73,7 @@ class ModuleItems:
         self.name, self.microbatches, self.replicas = places.items, microbatches, replicas
         self.places, self.learned, self.sizes = places, learned, sizes
         self.each = 0
-        self.counts = [mask.sum(axis=1) for mask in masks]
+        self.counts = self.placeholders = [mask.sum(axis=1) for mask in masks]
         self.unit = None if assign is None else assign(in_order(self.counts, replicas))
         if own is not None:
             self.counts = self._encoded(*own)

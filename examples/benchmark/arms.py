@@ -280,14 +280,15 @@ class EncoderOnly(_Part):
         super().__init__(shared, "images", at_once, "three_phase" + "+graphs" * graphs)
 
     def forward_backward(self) -> list[Any]:
-        chunks = Chunks(self.program, self.chunks, train=True)
-        for _ in self.chunks:
-            chunks.turn()
-            assert chunks.encoded is not None
-            for leaves in chunks.encoded.leaves:
-                for leaf in leaves:
-                    leaf.grad = torch.ones_like(leaf)
-        chunks.finish()
+        with self.program.steady():
+            chunks = Chunks(self.program, self.chunks, train=True)
+            for _ in self.chunks:
+                chunks.turn()
+                assert chunks.encoded is not None
+                for leaves in chunks.encoded.leaves:
+                    for leaf in leaves:
+                        leaf.grad = torch.ones_like(leaf)
+            chunks.finish()
         self.finish()
         return []
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from colocc.errors import LayoutError
 from colocc.passes.graph import Reduction
+from colocc.runtime.accumulate import accumulate
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
@@ -229,11 +230,12 @@ def main_gradient(weight: torch.Tensor) -> torch.Tensor:
     return held
 
 
-def add_gradient(weight: Any) -> None:
-    """Do what DDP does with the gradient of ``weight`` once a backward has made it, but reduce."""
+def add_gradient(weight: Any, *, dry: bool = False) -> None:
+    """Do what DDP does with the gradient of ``weight`` once a backward has made it, but reduce;
+    ``dry`` as in ``accumulate``."""
     # A fused layer has added it already, and leaves a tensor without meaning.
     if not weight.grad_added_to_main_grad or getattr(weight, "zero_out_wgrad", False):
-        weight.main_grad.add_(weight.grad)
+        accumulate(weight.main_grad, weight.grad, dry=dry)
 
 
 def uncapturable(module: nn.Module) -> str | None:

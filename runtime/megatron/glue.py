@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +90,7 @@ def _scattering(embedding: Any) -> Iterator[None]:
 class QuietGlue:
     """Two methods of MimoModel that wait for the GPU several times a microbatch, without a wait.
 
-    Both need to know how many placeholders a microbatch has, which ``count`` asks for once a step.
+    Both need to know how many placeholders a microbatch has, which ``know`` tells them once a step.
     """
 
     def __init__(self, model: Any) -> None:
@@ -114,12 +114,17 @@ class QuietGlue:
         given = None if packing_kwargs is None else dict(packing_kwargs)
         return self.model._build_packed_seq_params(given)
 
-    def count(self, input_ids: list[torch.Tensor]) -> None:
-        """Learn the placeholders in each microbatch of a step; waits for the device, once."""
+    def know(self, counts: Mapping[str, Sequence[int]], input_ids: Sequence[torch.Tensor]) -> None:
+        """Learn the placeholders in each microbatch of a step, of each modality: its ``counts``, or
+        where these lack one, those in ``input_ids``, in one wait for the device."""
         tokens = self.model.special_token_ids
-        found = [torch.stack([(ids == t).sum() for t in tokens.values()]) for ids in input_ids]
-        rows = torch.stack(found).tolist()
-        self._counts = [dict(zip(tokens, row, strict=True)) for row in rows]
+        found = dict(counts)
+        if lacking := [name for name in tokens if name not in counts]:
+            seen = [torch.stack([(ids == tokens[n]).sum() for n in lacking]) for ids in input_ids]
+            columns = zip(*torch.stack(seen).tolist(), strict=True)
+            found |= dict(zip(lacking, columns, strict=True))
+        every = range(len(input_ids))
+        self._counts = [{name: int(found[name][index]) for name in tokens} for index in every]
 
     def turn_to(self, microbatch: int) -> None:
         """The calls that follow are about ``microbatch``."""
@@ -161,9 +166,8 @@ class QuietGlue:
         """All embeddings at the places of their tokens. Shape: [sequence, batch, hidden]."""
         counts = self._counts[self._at]
         wanted = counts | {"text": input_ids.numel() - sum(counts.values())}
-        first = next(iter(modality_embeddings.values()))
-        like = modality_embeddings.get("text", first)
-        merged = like.new_zeros((*input_ids.shape, like.shape[-1]))
+        samples, tokens = input_ids.shape
+        places = []
         for name, rows in modality_embeddings.items():
             if len(rows) != wanted[name]:
                 raise ValueError(
@@ -175,8 +179,13 @@ class QuietGlue:
                 if name == "text"
                 else input_ids == special_token_ids[name]
             )
-            merged.masked_scatter_(mask.unsqueeze(-1).expand_as(merged), rows.flatten())
-        return merged.transpose(0, 1).contiguous()
+            found = torch.nonzero_static(mask, size=wanted[name])
+            places.append(found[:, 1] * samples + found[:, 0])
+        # The backward of index_copy waits for nothing; that of masked_scatter would.
+        values = torch.cat(list(modality_embeddings.values()))
+        like = modality_embeddings.get("text", values)
+        merged = like.new_zeros((tokens * samples, like.shape[-1]))
+        return merged.index_copy_(0, torch.cat(places), values).view(tokens, samples, -1)
 
     def _embedding(self) -> Any:
         return unwrapped(self.model.language_model).embedding

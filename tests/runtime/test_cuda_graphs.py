@@ -221,6 +221,31 @@ def test_what_a_graph_was_captured_with_changes(change: str) -> None:
         close(found, expected)
 
 
+def test_weights_are_looked_at_once_while_they_are_steady() -> None:
+    module = Held(plain())
+    call, inputs, looks = captured(module), xs(4), []
+    state = cuda_graphs._Weights.state
+
+    def counted(self: Any) -> tuple[Any, ...]:
+        looks.append(self)
+        return state(self)
+
+    with cpu.ranks(), recorded_graphs(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_graphs._Weights, "state", counted)
+        with call.steady():
+            for x in inputs[:3]:
+                call(x).square().sum().backward()
+        assert (len(looks), call.captured()) == (1, 1)
+        weight = module.module[0].weight  # type: ignore[index]
+        weight.data = weight.data * 2
+        for other in module.parameters():
+            other.main_grad.zero_()  # type: ignore[attr-defined]
+        with call.steady():
+            call(inputs[3]).square().sum().backward()
+        assert (len(looks), call.captured()) == (2, 2)
+    close(gradients(module), wanted(module.module, inputs[3:]))
+
+
 def wanted_but(module: nn.Module, x: torch.Tensor, frozen: str) -> dict[str, torch.Tensor]:
     module.zero_grad()
     module(x).square().sum().backward()
