@@ -425,7 +425,7 @@ class Program(Modules):
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
-        """Inside, nobody moves weights or changes how an encoder runs."""
+        """Inside, nobody moves or freezes the weights of an encoder."""
         with contextlib.ExitStack() as stack:
             for module in self.captured.values():
                 stack.enter_context(module.steady())

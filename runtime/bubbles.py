@@ -240,7 +240,10 @@ class Bubbles:
             channel.careful = careful
         if first:
             portions, timeline = self._timeline(batches, rows, seq_length)
-            self._places[key] = _places(timeline, self.stage, portions, train=train)
+            mine = [span.task for span in timeline.stages[self.stage]]
+            if self.stage == 0 and self._streams is not None:
+                mine = at_once(mine)
+            self._places[key] = _places(timeline, mine, self.stage, portions, train=train)
         # The careful step runs on them, too: they take their memory in it.
         self.lanes = Lanes(self._streams)
         return self._places[key]
@@ -292,7 +295,28 @@ class Bubbles:
         return sink, encoder
 
 
-def _places(timeline: Timeline, stage: int, portions: int, *, train: bool) -> Places:
+def at_once(tasks: list[Task]) -> list[Task]:
+    """The tasks of the first stage, an encoder's backward right behind its microbatch's.
+
+    There the gradient is at hand, and on a stream of its own, behind the pipeline's, the work keeps
+    nothing waiting but fills what is left free where a stage waits in spite of the timeline.
+    """
+    returns: dict[int, list[Task]] = {}
+    for task in tasks:
+        if task.kind == "encode_backward":
+            returns.setdefault(task.microbatch, []).append(task)
+    found = []
+    for task in tasks:
+        if task.kind != "encode_backward":
+            found.append(task)
+        if task.kind == "backward":
+            found += returns.get(task.microbatch, [])
+    return found
+
+
+def _places(
+    timeline: Timeline, mine: list[Task], stage: int, portions: int, *, train: bool
+) -> Places:
     stage_of = {
         (span.task.microbatch, span.task.portion): at
         for at, spans in enumerate(timeline.stages)
@@ -301,11 +325,11 @@ def _places(timeline: Timeline, stage: int, portions: int, *, train: bool) -> Pl
     }
     before: list[list[Task]] = [[]]
     if train:
-        for span in timeline.stages[stage]:
-            if span.task.kind in ("forward", "backward"):
+        for task in mine:
+            if task.kind in ("forward", "backward"):
                 before.append([])
             else:
-                before[-1].append(span.task)
+                before[-1].append(task)
         return Places(before, stage_of, portions)
     # Without backward there are forwards alone: each behind the portions of its own microbatch.
     for microbatch in range(1 + max(index for index, _ in stage_of)):

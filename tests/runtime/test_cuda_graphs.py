@@ -54,7 +54,7 @@ def recorded_graphs() -> Iterator[None]:
     """Inside, graphs are recorded operations, and the CPU is as good as a GPU."""
 
     def look(self: CapturedModule, module: nn.Module, leaves: list[Any]) -> None:
-        reason = megatron.uncapturable(module)
+        reason = megatron.Settings(module).uncapturable()
         if reason is not None:
             self._give_up(reason)
 
@@ -314,7 +314,7 @@ class Drops(nn.Linear):
     ],
 )
 def test_what_cannot_be_captured(module: nn.Module, reason: str | None) -> None:
-    found = megatron.uncapturable(module)
+    found = megatron.Settings(module).uncapturable()
     assert found is None if reason is None else (found is not None and found.startswith(reason))
 
 

@@ -9,7 +9,8 @@ import torch
 
 import colocc
 from colocc import Layout, LayoutError
-from colocc.runtime import cpu
+from colocc.passes.timeline import Costs, fill
+from colocc.runtime import bubbles, cpu
 from colocc.runtime.bubbles import Bubbles
 from tests import mimo
 from tests.harness import ProcessPool
@@ -46,6 +47,26 @@ def test_filled_equals_the_oracle(
     pp = language[1]
     counts = tuple(sorted({1, pp, pp + 1, 6}))
     check(processes, reference, layouts_of(encoder, language, order), counts, schedule="filled")
+
+
+@pytest.mark.parametrize(("stages", "portions"), [(2, 1), (2, 2), (4, 2)])
+def test_the_first_stage_goes_back_at_once(stages: int, portions: int) -> None:
+    timeline = fill(stages, 9, portions, Costs(1.0, 2.0, 0.7, 1.4))
+    before = [span.task for span in timeline.stages[0]]
+    after = bubbles.at_once(before)
+    assert sorted(map(str, after)) == sorted(map(str, before))
+    assert any(task.kind == "encode_backward" for task in after)
+    assert [t for t in after if t.kind != "encode_backward"] == [
+        t for t in before if t.kind != "encode_backward"
+    ]
+    at = None
+    for task in after:
+        if task.kind == "encode_backward":
+            assert task.microbatch == at
+        elif task.kind == "backward":
+            at = task.microbatch
+        else:
+            at = None
 
 
 @pytest.mark.parametrize("portions", [1, 2, 3, 8])
