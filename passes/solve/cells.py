@@ -3,10 +3,12 @@
 Two lists of boxes are the same function (how often is each cell held?) exactly if the signed
 corners of one are those of the other: the corners of a box are its function differentiated once in
 every dim. So "each cell once" is one comparison of sorted corners, whatever way the cells came.
+Where few borders cut the boxes, their parts between borders are fewer, and tell the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,63 +18,87 @@ from numpy.typing import NDArray
 from colocc.errors import VerifyError
 from colocc.passes.solve.ends import Ints
 
-BLOCK = 1 << 18
+Ends = NDArray[np.integer]
+Side = tuple[Ints, list[Ends], list[Ends]]
+"""Owner, low and high of pieces, the latter by dim."""
+# Rows that are met at a time: their columns stay in a core's cache.
+BLOCK = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
     """Boxes: piece i belongs to ``owner[i]`` and reaches from ``low[i]`` to ``high[i]``.
 
-    Shapes: owner [n]; low, high [n, dims].
+    Shapes: owner [n]; low, high [n, dims], of any integer dtype. Work goes by dim, so the ends of
+    all pieces in one dim lie next to each other in memory.
     """
 
     owner: Ints
-    low: Ints
-    high: Ints
+    low: Ends
+    high: Ends
 
     def cells(self) -> Ints:
         """The cells of each piece."""
-        low, high = self.low.T, self.high.T
-        found: Ints = high[0] - low[0]
-        for first, last in zip(low[1:], high[1:], strict=True):
-            found *= last - first
-        return found
+        return cells_of(self.low, self.high)
 
     def total(self, owners: int) -> Ints:
         """The cells of each owner."""
         return added(self.owner, self.cells(), owners)
 
-    def take(self, index: Ints | NDArray[np.bool_], owner: Ints) -> Pieces:
+    def take(self, index: Ints, owner: Ints) -> Pieces:
         """The pieces at ``index``, given to other owners."""
-        return Pieces(owner, self.low[index], self.high[index])
+        return Pieces(owner, take_rows(self.low, index), take_rows(self.high, index))
 
     def of(self, owner: int) -> Pieces:
-        keep = self.owner == owner
+        keep = np.flatnonzero(self.owner == owner)
         return self.take(keep, self.owner[keep])
 
-    def of_dims(self, dims: list[int]) -> Pieces:
-        """The same pieces in some of their dims."""
-        return Pieces(self.owner, self.low[:, dims], self.high[:, dims])
+    def first_dims(self, dims: int) -> Pieces:
+        """The same pieces in their first dims."""
+        return Pieces(self.owner, self.low[:, :dims], self.high[:, :dims])
 
-    def without_summands(self) -> Pieces:
-        return self.of_dims(list(range(self.low.shape[1] - 1)))
+
+def cells_of(low: Ends, high: Ends) -> Ints:
+    """The cells of boxes from ``low`` to ``high``, each [n, dims]."""
+    found: Ints = np.subtract(high[:, 0], low[:, 0], dtype=np.int64)
+    for first, last in zip(low.T[1:], high.T[1:], strict=True):
+        found *= last - first
+    return found
+
+
+def take_rows(array: Ends, index: Ints) -> Ends:
+    """The rows of ``array`` at ``index``, in memory by column."""
+    return array.T.take(index, axis=1).T
 
 
 def with_summands(pieces: Pieces, first: Ints | int, last: Ints | int) -> Pieces:
     """The same pieces with summands from first to last; arrays give these of each owner."""
     rows, dims = pieces.low.shape
-    low, high = np.empty((2, rows, dims + 1), dtype=np.int64)
-    low[:, :dims], high[:, :dims] = pieces.low, pieces.high
-    low[:, dims] = first if isinstance(first, int) else first[pieces.owner]
-    high[:, dims] = last if isinstance(last, int) else last[pieces.owner]
-    return Pieces(pieces.owner, low, high)
+    low, high = np.empty((2, dims + 1, rows), dtype=np.int64)
+    low[:dims], high[:dims] = pieces.low.T, pieces.high.T
+    low[dims] = first if isinstance(first, int) else first[pieces.owner]
+    high[dims] = last if isinstance(last, int) else last[pieces.owner]
+    return Pieces(pieces.owner, low.T, high.T)
 
 
 def join(keys: Ints, owner: Ints) -> tuple[Ints, Ints]:
     """All (i, j) with keys[i] == owner[j], by i, then j; ``owner`` ascends."""
-    first = owner.searchsorted(keys, side="left")
-    count = owner.searchsorted(keys, side="right") - first
-    left = np.arange(len(keys)).repeat(count)
+    first, count = _ranges(keys, owner)
+    return _pairs(first, count)
+
+
+def _ranges(keys: Ints, owner: Ints) -> tuple[Ints, Ints]:
+    """Where the rows of each key begin in ``owner``, and how many they are."""
+    # Keys are numbers of ranks: many rows, few values, and each value is searched once.
+    lowest = int(keys.min(initial=0))
+    bounds = owner.searchsorted(np.arange(lowest, int(keys.max(initial=-1)) + 2))
+    place = keys - lowest if lowest else keys
+    return bounds.take(place), (bounds[1:] - bounds[:-1]).take(place)
+
+
+def _pairs(first: Ints, count: Ints) -> tuple[Ints, Ints]:
+    """The rows i, each ``count[i]`` times, and the rows from first[i] on beside them."""
+    left = np.arange(len(count)).repeat(count)
     right = np.arange(len(left)) + (first - count.cumsum() + count).repeat(count)
     return left, right
 
@@ -80,36 +106,48 @@ def join(keys: Ints, owner: Ints) -> tuple[Ints, Ints]:
 def meet(left: Pieces, right: Pieces) -> tuple[Ints, Pieces]:
     """The intersections of the pieces of ``left`` with those of ``right`` of the same owner, and
     the index of the left one; ``right`` comes by owner."""
+    first, count = _ranges(left.owner, right.owner)
     places, lows, highs = [], [], []
-    for begin in range(0, max(1, len(left.owner)), BLOCK):
-        i, j = join(left.owner[begin : begin + BLOCK], right.owner)
-        i += begin
-        low = np.maximum(left.low[i], right.low[j])
-        high = np.minimum(left.high[i], right.high[j])
-        keep = low[:, 0] < high[:, 0]
-        for dim in range(1, low.shape[1]):
-            keep &= low[:, dim] < high[:, dim]
-        if not keep.all():
-            i, low, high = i[keep], low[keep], high[keep]
-        places.append(i)
+    for begin in range(0, max(1, len(first)), BLOCK):
+        block = slice(begin, begin + BLOCK)
+        index, low, high = _meet(left, right, block, _pairs(first[block], count[block]))
+        places.append(index)
         lows.append(low)
         highs.append(high)
-    if len(places) == 1:
-        return places[0], Pieces(left.owner[places[0]], lows[0], highs[0])
     index = np.concatenate(places)
-    return index, Pieces(left.owner[index], np.concatenate(lows), np.concatenate(highs))
+    low, high = np.concatenate(lows, axis=1), np.concatenate(highs, axis=1)
+    return index, Pieces(left.owner.take(index), low.T, high.T)
+
+
+def _meet(
+    left: Pieces, right: Pieces, block: slice, pairs: tuple[Ints, Ints]
+) -> tuple[Ints, Ends, Ends]:
+    """The index, low and high of the intersections of ``pairs``, counted from the block's start;
+    low and high by dim, then piece."""
+    i, j = pairs
+    low = np.maximum(left.low.T[:, block].take(i, axis=1), right.low.T.take(j, axis=1))
+    high = np.minimum(left.high.T[:, block].take(i, axis=1), right.high.T.take(j, axis=1))
+    keep = (low < high).all(axis=0)
+    if not keep.all():
+        kept = np.flatnonzero(keep)
+        i, low, high = i.take(kept), low.take(kept, axis=1), high.take(kept, axis=1)
+    return i + block.start, low, high
 
 
 def differs(left: Pieces, right: Pieces, owners: int) -> int | None:
     """The first owner that does not hold each cell as often in ``left`` as in ``right``."""
-    # A dim in which all pieces reach over the same cells tells none from another.
-    used = _telling(left, right)
-    left, right = left.of_dims(used), right.of_dims(used)
-    top = np.maximum(left.high.max(axis=0, initial=0), right.high.max(axis=0, initial=0)) + 1
-    sizes = [owners, *top.tolist()]
-    # The even corners of one side and the odd ones of the other add, the others take away.
-    (even, odd), (other, rest) = _corners(left, sizes), _corners(right, sizes)
-    plus, minus = np.concatenate([*even, *rest]), np.concatenate([*odd, *other])
+    dims = _telling(left, right)
+    sides = [_side(pieces, dims) for pieces in (left, right)]
+    sizes = [owners]
+    for columns in zip(*(highs for _, _, highs in sides), strict=True):
+        sizes.append(max(int(column.max(initial=0)) for column in columns) + 1)
+    _check_sizes(sizes)
+    parts = _parts(sides, sizes)
+    if parts is None:
+        # The even corners of one side and the odd ones of the other add, the others take away.
+        (even, odd), (other, rest) = (_corners(side, sizes) for side in sides)
+        parts = [np.concatenate([*even, *rest]), np.concatenate([*odd, *other])]
+    plus, minus = parts
     plus.sort()
     minus.sort()
     if len(plus) == len(minus):
@@ -125,26 +163,77 @@ def differs(left: Pieces, right: Pieces, owners: int) -> int | None:
         sums = np.concatenate([counts, -less_counts])
         unique, where = np.unique(both, return_inverse=True)
         place = unique[np.flatnonzero(np.bincount(where, sums))[0]]
-    return int(place // prod(int(size) for size in sizes[1:]))
+    return int(place // prod(sizes[1:]))
 
 
 def _telling(left: Pieces, right: Pieces) -> list[int]:
     """The dims in which not all pieces of both sides reach over the same cells."""
+    dims = range(left.low.shape[1])
     if not len(left.owner) or not len(right.owner):
-        return list(range(left.low.shape[1]))
-    low, high = left.low[0], left.high[0]
-    same = [(pieces.low == low) & (pieces.high == high) for pieces in (left, right)]
-    alike = same[0].all(axis=0) & same[1].all(axis=0)
-    return [dim for dim, is_alike in enumerate(alike.tolist()) if not is_alike]
+        return list(dims)
+    ends = ((left.low, left.high), (right.low, right.high))
+    return [
+        dim
+        for dim in dims
+        if any((a[:, dim] != left.low[0, dim]).any() for a, _ in ends)
+        or any((b[:, dim] != left.high[0, dim]).any() for _, b in ends)
+    ]
 
 
-def _corners(pieces: Pieces, sizes: list[int]) -> tuple[list[Ints], list[Ints]]:
+def _side(pieces: Pieces, dims: list[int]) -> Side:
+    low, high = pieces.low.T, pieces.high.T
+    return pieces.owner, [low[dim] for dim in dims], [high[dim] for dim in dims]
+
+
+def _parts(sides: list[Side], sizes: list[int]) -> list[Ints] | None:
+    """The pieces of each side cut at all borders of both, as ``keys``. So cut, two of them are the
+    same or have nothing in common, and the low ends tell them. None where corners are fewer, or
+    where a piece is no box."""
+    numbers = []
+    for dim, size in enumerate(sizes[1:]):
+        borders = np.zeros(size, dtype=bool)
+        for _, lows, highs in sides:
+            if (lows[dim] < 0).any() or (lows[dim] > highs[dim]).any():
+                return None
+            borders[lows[dim]] = borders[highs[dim]] = True
+        numbers.append(borders.cumsum())
+    firsts, spans, counts = [], [], []
+    for owner, lows, highs in sides:
+        first = [number.take(low) for number, low in zip(numbers, lows, strict=True)]
+        last = [number.take(high) for number, high in zip(numbers, highs, strict=True)]
+        count = np.ones(len(owner), dtype=np.int64)
+        for a, b in zip(first, last, strict=True):
+            b -= a
+            count *= b
+        firsts.append(first)
+        spans.append(last)
+        counts.append(count)
+    if sum(int(count.sum()) for count in counts) > sum(len(count) for count in counts) << len(
+        numbers
+    ):
+        return None
+    owners = [owner for owner, _, _ in sides]
+    return [_cut(*side, sizes) for side in zip(owners, firsts, spans, counts, strict=True)]
+
+
+def _cut(owner: Ints, first: list[Ints], spans: list[Ints], count: Ints, sizes: list[int]) -> Ints:
+    """The keys of all parts, ``count`` in number, of pieces of so many parts in each dim."""
+    if (count != 1).any():
+        index, turn = _pairs(np.zeros_like(count), count)
+        for dim in reversed(range(len(first))):
+            # The last dim turns fastest.
+            span = spans[dim].take(index)
+            first[dim] = first[dim].take(index) + turn % span
+            turn //= span
+        owner = owner.take(index)
+    return keys([owner, *first], sizes)
+
+
+def _corners(side: Side, sizes: list[int]) -> tuple[list[Ints], list[Ints]]:
     """The corners of the pieces as ``keys``: those with an even number of high ends, and the odd
     ones."""
-    _check_sizes(sizes)
-    even, odd = [pieces.owner], list[Ints]()
-    for dim, size in enumerate(sizes[1:]):
-        low, high = pieces.low[:, dim], pieces.high[:, dim]
+    even, odd = [side[0]], list[Ints]()
+    for low, high, size in zip(*side[1:], sizes[1:], strict=True):
         even, odd = [key * size for key in even], [key * size for key in odd]
         even, odd = (
             [key + low for key in even] + [key + high for key in odd],
@@ -158,12 +247,13 @@ def _check_sizes(sizes: list[int]) -> None:
         raise VerifyError(f"a grid of {sizes} is too large to check")
 
 
-def keys(columns: list[Ints], sizes: list[int]) -> Ints:
+def keys(columns: Sequence[NDArray[np.integer]], sizes: list[int]) -> Ints:
     """One ascending number for each row of ``columns``, the last turning fastest."""
     _check_sizes(sizes)
     found = columns[0].astype(np.int64)
     for column, size in zip(columns[1:], sizes[1:], strict=True):
-        found = found * size + column
+        found *= size
+        found += column
     return found
 
 

@@ -112,6 +112,8 @@ def _check_ends(plan: Plan, sink: tuple[str, Layout]) -> tuple[End, End]:
         grid = (*grid, plan.grid[-1] // max(1, gcd(plan.grid[-1], *edges)))
     if plan.grid != grid or (sliced and grid[-1] < 2):
         raise VerifyError(f"the grid is {list(plan.grid)}, the coarsest that fits is {list(grid)}")
+    if max(grid) > np.iinfo(np.int32).max:
+        raise VerifyError(f"a grid of {list(grid)} is too large to check")
     for side, holding in enumerate((src, dst)):
         ordered = (holding.module, holding.layout) == sink
         check_holding(holding, side, plan.dims, plan.grid, ordered=ordered)
@@ -140,7 +142,7 @@ def _check_direction(
             cost += _cost(step, taken, state)
             _check_lanes(step, state, first, start, plan.ranks_per_node)
             state = after
-        need = with_summands(boxes, 0, start.summands)
+        need = boxes if start.summands == 1 else with_summands(boxes, 0, start.summands)
         _check_end(plan, state, need, end, start.summands)
         total = need.total(ranks)
         lack = total - walk.shared(need, first)
@@ -162,7 +164,7 @@ def _check_end(plan: Plan, state: State, need: Pieces, end: End, summands: int) 
     np.minimum.at(first, state.buffer, ranks)
     stands = first[state.buffer]
     wrong = np.flatnonzero(end.place != end.place[stands])[:1].tolist()
-    keep = (stands == ranks)[need.owner]
+    keep = np.flatnonzero((stands == ranks)[need.owner])
     wanted = need.take(keep, state.buffer[need.owner[keep]])
     other = differs(state.pieces, wanted, buffers)
     if other is not None:
@@ -230,16 +232,17 @@ def _check_lanes(
             if (lanes != lanes[0]).any():
                 raise VerifyError(f"group {list(group)} has ranks of several lanes")
         return
-    keep = step.moves.src != step.moves.dst
+    src, dst = (ranks.astype(np.int64) for ranks in (step.moves.src, step.moves.dst))
+    # A rank's own cells lie with the holder of its lane: itself.
+    base = src - start.lane.take(src)
+    lane = start.lane.take(dst)
+    want = base + lane
+    if ranks_per_node is not None:
+        want = _nearest(base, want, lane, dst // ranks_per_node, start, ranks_per_node)
+    wrong = src != want
     if state is not first:
         # Later, cells may come from a rank that has them only since the step before.
-        keep &= walk.holders(step.moves, first)
-    src, dst = (ranks[keep].astype(np.int64) for ranks in (step.moves.src, step.moves.dst))
-    base = src - start.lane[src]
-    want = base + start.lane[dst]
-    if ranks_per_node is not None:
-        want = _nearest(base, want, start.lane[dst], dst // ranks_per_node, start, ranks_per_node)
-    wrong = src != want
+        wrong &= walk.holders(step.moves, first)
     if wrong.any():
         one = wrong.argmax()
         raise VerifyError(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from colocc.errors import VerifyError
 from colocc.layout import Layout
-from colocc.passes.solve.boxes import Intervals
+from colocc.passes.solve.boxes import Array, Intervals
 from colocc.passes.solve.plan import Holding, Part
 
 Ints = NDArray[np.int64]
@@ -173,8 +173,8 @@ class End:
 
     place: Ints
     owner: Ints
-    low: Ints
-    high: Ints
+    low: Array
+    high: Array
     summand: Ints
     summands: int
     lane: Ints
@@ -191,20 +191,20 @@ class End:
         runs = [_runs_of(part) for part in holding.parts]
         sizes = [len(index) for index, _, _ in runs]
         owner = np.zeros(prod(sizes), dtype=np.int64)
-        low, high = np.empty((2, len(owner), len(runs)), dtype=np.int64)
+        low, high = np.empty((2, len(runs), len(owner)), dtype=np.int32)
         row, boxes = np.arange(len(owner)), 1
         for dim, (index, first, last) in enumerate(runs):
             # The first dim turns fastest, as the numbers of boxes do.
             turn = row % sizes[dim]
             owner += boxes * index[turn]
-            low[:, dim], high[:, dim] = first[turn], last[turn]
+            low[dim], high[dim] = first[turn], last[turn]
             row, boxes = row // sizes[dim], boxes * len(holding.parts[dim].cuts)
         order = owner.argsort(kind="stable")
         return cls(
             place=places.place,
             owner=owner[order],
-            low=low[order],
-            high=high[order],
+            low=low[:, order].T,
+            high=high[:, order].T,
             summand=places.summand,
             summands=places.summands,
             lane=places.lane,

@@ -14,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocc.errors import VerifyError
-from colocc.passes.solve.cells import Pieces, added, differs, join, keys, meet, with_summands
+from colocc.passes.solve.boxes import by_rank
+from colocc.passes.solve.cells import (
+    Pieces,
+    added,
+    differs,
+    join,
+    keys,
+    meet,
+    take_rows,
+    with_summands,
+)
 from colocc.passes.solve.ends import End, Ints
 from colocc.passes.solve.plan import Moves, Step
 
@@ -39,7 +49,9 @@ class State:
 
 def start(end: End, held: Pieces | None = None) -> State:
     """The state in which every rank holds its box at ``end`` (``boxes``), with its own summand."""
-    pieces = with_summands(held or boxes(end), end.summand, end.summand + 1)
+    pieces = held or boxes(end)
+    if end.summands > 1:
+        pieces = with_summands(pieces, end.summand, end.summand + 1)
     return State(np.arange(len(end.place)), pieces, 1)
 
 
@@ -47,7 +59,7 @@ def boxes(end: End) -> Pieces:
     """The box of every rank at ``end``, without summands."""
     # A place of -1 is no owner's.
     who, which = join(end.place, end.owner)
-    return Pieces(who, end.low[which], end.high[which])
+    return Pieces(who, take_rows(end.low, which), take_rows(end.high, which))
 
 
 def take_step(step: Step, state: State, end: End, grid: tuple[int, ...]) -> State:
@@ -89,12 +101,14 @@ def _check_moves(step: Step, group: Ints, grid: tuple[int, ...]) -> None:
     for ranks in (moves.src, moves.dst):
         if ranks.min(initial=0) < 0 or ranks.max(initial=0) >= world:
             raise VerifyError(f"a move of a rank outside 0 to {world - 1}")
-    outside = (moves.low < 0) | (moves.low >= moves.high) | (moves.high > np.array(grid))
+    lows, highs = moves.low.T, moves.high.T
+    outside = np.zeros(len(moves), dtype=bool)
+    for low, high, size in zip(lows, highs, grid, strict=True):
+        outside |= (low < 0) | (low >= high) | (high > size)
     if outside.any():
-        first = int(np.flatnonzero(outside.any(axis=1))[0])
+        first = int(outside.argmax())
         raise VerifyError(f"{_text(moves, first)} is outside the grid {list(grid)}")
-    columns = [moves.src, moves.dst, *moves.low.T]
-    place = keys(columns, [world, world, *grid])
+    place = keys([moves.src, moves.dst, *lows], [world, world, *grid])
     if (place[1:] <= place[:-1]).any():
         raise VerifyError("moves are not in order of sender, receiver and place, each once")
     _check_connection(step, group)
@@ -102,18 +116,20 @@ def _check_moves(step: Step, group: Ints, grid: tuple[int, ...]) -> None:
 
 def _check_connection(step: Step, group: Ints) -> None:
     moves = step.moves
-    other = moves.src != moves.dst
-    src, dst = (ranks[other].astype(np.int64) for ranks in (moves.src, moves.dst))
+    fresh = moves.src != moves.dst
+    # Moves are in order, so those of one pair are neighbours, and the first stands for all.
+    fresh[1:] &= (moves.src[1:] != moves.src[:-1]) | (moves.dst[1:] != moves.dst[:-1])
+    pairs = np.flatnonzero(fresh)
+    src, dst = (ranks.take(pairs).astype(np.int64) for ranks in (moves.src, moves.dst))
     if step.kind == "narrow":
         if len(src):
             raise VerifyError(f"a narrow moves cells from rank {src[0]} to rank {dst[0]}")
         return
     if not len(src):
         raise VerifyError(f"{step.kind} moves nothing between ranks")
-    stray = np.flatnonzero((group[src] != group[dst]) | (group[src] < 0))
-    if len(stray):
-        first = int(np.flatnonzero(other)[stray[0]])
-        raise VerifyError(f"{_text(moves, first)} leaves its group")
+    stray = (group.take(src) != group.take(dst)) | (group.take(src) < 0)
+    if stray.any():
+        raise VerifyError(f"{_text(moves, int(pairs[stray.argmax()]))} leaves its group")
     leader = _leaders(src, dst, len(group))
     # Moves stay inside groups: a group is no larger than its exchange if all have one leader.
     members = (group >= 0).nonzero()[0]
@@ -123,10 +139,7 @@ def _check_connection(step: Step, group: Ints) -> None:
         idle = list(step.groups[int(group[apart[0]])])
         raise VerifyError(f"group {idle} holds ranks that exchange nothing")
     if step.kind == "send_recv":
-        # Moves are in order, so those of one pair are neighbours.
-        fresh = np.ones(len(src), dtype=bool)
-        fresh[1:] = (src[1:] != src[:-1]) | (dst[1:] != dst[:-1])
-        for side, verb in ((src[fresh], "sends to"), (dst[fresh], "receives from")):
+        for side, verb in ((src, "sends to"), (dst, "receives from")):
             times = np.bincount(side)
             if times.max() > 1:
                 rank = (times > 1).argmax()
@@ -137,13 +150,17 @@ def _leaders(src: Ints, dst: Ints, world: int) -> Ints:
     """The lowest rank that each rank exchanges anything with, directly or over others."""
     leader = np.arange(world)
     while True:
-        left, right = leader[src], leader[dst]
-        if (left == right).all():
+        left, right = leader.take(src), leader.take(dst)
+        apart = np.flatnonzero(left != right)
+        if not len(apart):
             return leader
-        low = np.minimum(left, right)
+        # From here on the leaders stand for those that they lead.
+        src, dst = left.take(apart), right.take(apart)
+        low = np.minimum(src, dst)
         np.minimum.at(leader, src, low)
         np.minimum.at(leader, dst, low)
-        leader = leader[leader]
+        while (leader[leader] != leader).any():
+            leader = leader[leader]
 
 
 def _text(moves: Moves, index: int) -> str:
@@ -157,16 +174,16 @@ def _move(step: Step, state: State, end: End) -> State:
     if step.adds != adding:
         raise VerifyError(f"a {step.kind} {'adds' if step.adds else 'does not add'} what arrives")
     count = len(moves)
-    index, found = meet(_sent(moves, state, end.summands), state.pieces)
+    index, found = meet(_sent(moves, state), state.pieces)
     carried = added(index, found.cells(), count)
     lacking = carried != moves.cells() * state.width
     if lacking.any():
         raise VerifyError(
             f"{_text(moves, int(lacking.argmax()))} carries cells that the sender does not hold"
         )
-    dst = moves.dst[index].astype(np.int64)
-    order = dst.argsort(kind="stable")
-    pieces = found.take(order, dst[order])
+    dst = moves.dst.take(index)
+    order = by_rank(dst)
+    pieces = found.take(order, dst.take(order).astype(np.int64))
     after = State(np.arange(len(state.buffer)), pieces, end.summands if adding else state.width)
     if step.kind == "narrow" and np.array_equal(after.held(), state.held()):
         raise VerifyError("a narrow changes nothing")
@@ -196,7 +213,7 @@ def _gather(step: Step, group: Ints, state: State, end: End) -> State:
     buffer[members] = fresh + number
     i, j = join(state.buffer[members], state.pieces.owner)
     joined = state.pieces.take(j, fresh + number[i])
-    kept = np.isin(state.pieces.owner, buffer)
+    kept = np.flatnonzero(np.isin(state.pieces.owner, buffer))
     old = state.pieces.take(kept, state.pieces.owner[kept])
     pieces = Pieces(
         *(
@@ -208,7 +225,7 @@ def _gather(step: Step, group: Ints, state: State, end: End) -> State:
 
 
 def _check_same_cells(members: Ints, first: Ints, state: State) -> None:
-    cells = state.pieces.without_summands()
+    cells = state.pieces.first_dims(state.pieces.low.shape[1] - 1)
     sides = []
     for ranks in (members, first):
         i, j = join(state.buffer[ranks], cells.owner)
@@ -227,7 +244,7 @@ def check_all_used(moves: Moves, state: State) -> None:
     rows = np.unique(np.column_stack(columns).astype(np.int64), axis=0)
     dims = moves.low.shape[1]
     sent = Pieces(state.buffer[rows[:, 0]], rows[:, 1 : 1 + dims], rows[:, 1 + dims :])
-    wrong = differs(sent, state.pieces.without_summands(), len(state.buffer))
+    wrong = differs(sent, state.pieces.first_dims(dims), len(state.buffer))
     if wrong is not None:
         raise VerifyError(f"rank {wrong} holds other cells between two steps than it uses")
 
@@ -237,8 +254,9 @@ def received(step: Step, before: State, after: State) -> Ints:
     if step.kind in ("all_gather", "all_reduce"):
         return after.held() - before.held()
     moves = step.moves
-    other = moves.src != moves.dst
-    return added(moves.dst[other], moves.cells()[other] * before.width, len(before.buffer))
+    amounts = moves.cells()
+    amounts *= moves.src != moves.dst
+    return added(moves.dst, amounts, len(before.buffer)) * before.width
 
 
 def shared(need: Pieces, state: State) -> Ints:
@@ -250,13 +268,14 @@ def shared(need: Pieces, state: State) -> Ints:
 
 def holders(moves: Moves, state: State) -> NDArray[np.bool_]:
     """Whether the sender of each move holds all of it in ``state``, one summand of it each."""
-    index, found = meet(_sent(moves, state, np.iinfo(np.int32).max), state.pieces)
+    index, found = meet(_sent(moves, state), state.pieces)
     held: NDArray[np.bool_] = added(index, found.cells(), len(moves)) == moves.cells()
     return held
 
 
-def _sent(moves: Moves, state: State, summands: int) -> Pieces:
+def _sent(moves: Moves, state: State) -> Pieces:
     """What the senders of moves must hold: their cells, whichever summands of them."""
-    low, high = moves.low.astype(np.int64), moves.high.astype(np.int64)
-    pieces = Pieces(state.buffer[moves.src], low, high)
-    return with_summands(pieces, 0, summands)
+    pieces = Pieces(state.buffer.take(moves.src), moves.low, moves.high)
+    if moves.low.shape[1] == state.pieces.low.shape[1]:
+        return pieces
+    return with_summands(pieces, 0, np.iinfo(np.int32).max)

@@ -63,3 +63,38 @@ def test_boxes_meet_in_their_common_cells(left: list[Box], right: list[Box]) -> 
 def test_a_grid_too_large_to_number_is_refused() -> None:
     with pytest.raises(VerifyError, match="too large to check"):
         keys([np.zeros(1, dtype=np.int64)] * 4, [1 << 20] * 4)
+
+
+def tiles(size: int) -> list[Box]:
+    """A square of 12 x 12 cells for each of two owners, in tiles of so many cells a side."""
+    starts = range(0, 12, size)
+    return [
+        (owner, (x, x + size), (y, y + size)) for owner, x, y in product(range(2), starts, starts)
+    ]
+
+
+@pytest.mark.parametrize("other", [1, 3, 6, 12])
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_tiles_of_any_size_are_told_from_tiles_with_one_lost_doubled_or_moved(
+    size: int, other: int
+) -> None:
+    # Few large tiles have fewer corners than parts, many small ones fewer parts.
+    whole = pieces(tiles(other))
+    assert differs(pieces(tiles(size)), whole, 2) is None
+    for index, (owner, (a, b), (c, d)) in enumerate(tiles(size)):
+        rest = [tile for place, tile in enumerate(tiles(size)) if place != index]
+        same = next(tile for tile in rest if tile[0] == owner)
+        shifted = (owner, (a + 1, b + 1), (c, d))
+        swapped = (1 - owner, (a, b), (c, d))
+        for wrong in (rest, [*tiles(size), same], [*rest, same], [*rest, shifted]):
+            assert differs(pieces(wrong), whole, 2) == owner
+            assert differs(whole, pieces(wrong), 2) == owner
+        assert differs(pieces([*rest, swapped]), whole, 2) == 0
+
+
+@pytest.mark.parametrize("box", [((-1, 12), (0, 12)), ((12, 0), (0, 12)), ((0, 12), (12, 12))])
+def test_what_is_no_box_of_the_grid_is_told_from_all_of_it(
+    box: tuple[tuple[int, int], tuple[int, int]],
+) -> None:
+    whole = (0, (0, 12), (0, 12))
+    assert differs(pieces([(0, *box)]), pieces([whole]), 1) is not None
