@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocc.errors import VerifyError
+from colocc.passes.solve.boxes import take_rows
 from colocc.passes.solve.ends import Ints
 
 Ends = NDArray[np.integer]
@@ -64,11 +65,6 @@ def cells_of(low: Ends, high: Ends) -> Ints:
     for first, last in zip(low.T[1:], high.T[1:], strict=True):
         found *= last - first
     return found
-
-
-def take_rows(array: Ends, index: Ints) -> Ends:
-    """The rows of ``array`` at ``index``, in memory by column."""
-    return array.T.take(index, axis=1).T
 
 
 def with_summands(pieces: Pieces, first: Ints | int, last: Ints | int) -> Pieces:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from colocc.layout import Layout
-from colocc.passes.solve.boxes import Counts
+from colocc.passes.solve.boxes import Array, Counts
 from colocc.passes.solve.plan import Holding, Part
 
 
@@ -47,8 +46,8 @@ class Pieces:
     Shapes: low, high [n, dims]; owner, reader [n].
     """
 
-    low: Counts
-    high: Counts
+    low: Array
+    high: Array
     owner: Counts
     reader: Counts
 
@@ -61,18 +60,19 @@ def pieces_of(have: Holding, need: Holding) -> Pieces:
     """The pieces that go from ``have`` to ``need``."""
     dims = [elementary(*parts) for parts in zip(have.parts, need.parts, strict=True)]
     sizes = [len(low) for low, _, _, _ in dims]
-    low, high = np.empty((2, prod(sizes), len(dims)), dtype=np.int64)
-    owner, reader = np.zeros((2, prod(sizes)), dtype=np.int64)
+    low, high = np.empty((2, len(dims), *sizes), dtype=np.int32)
+    owner, reader = np.zeros((2, *sizes), dtype=np.int64)
     left_scale = right_scale = 1
     for dim, (starts, stops, left, right) in enumerate(dims):
         # The last dim turns fastest.
-        index = np.arange(prod(sizes)) // prod(sizes[dim + 1 :]) % sizes[dim]
-        low[:, dim], high[:, dim] = starts[index], stops[index]
-        owner += left_scale * left[index]
-        reader += right_scale * right[index]
+        across = (-1, *(1 for _ in sizes[dim + 1 :]))
+        low[dim], high[dim] = starts.reshape(across), stops.reshape(across)
+        owner += left_scale * left.reshape(across)
+        reader += right_scale * right.reshape(across)
         left_scale *= len(have.parts[dim].cuts)
         right_scale *= len(need.parts[dim].cuts)
-    return Pieces(low, high, owner, reader)
+    rows = (len(dims), -1)
+    return Pieces(low.reshape(rows).T, high.reshape(rows).T, owner.ravel(), reader.ravel())
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 
 from colocc.errors import LayoutError
 from colocc.layout import Layout
-from colocc.passes.solve.boxes import Array, Box, Counts, Intervals, distinct, length, overlap
+from colocc.passes.solve.boxes import (
+    Array,
+    Box,
+    Counts,
+    Intervals,
+    distinct,
+    length,
+    overlap,
+    take_rows,
+)
 from colocc.types import Type
 
 Kind = Literal["narrow", "all_gather", "all_to_all", "send_recv", "all_reduce"]
@@ -24,7 +33,8 @@ class Moves:
     """Who gives which cells to whom, sorted by sender, receiver and place.
 
     Shapes: ``src`` and ``dst`` [n]; ``low`` and ``high`` [n, dims]: move i carries the cells from
-    low[i] to high[i], one interval for each dim. A rank keeps cells by a move to itself.
+    low[i] to high[i], one interval for each dim. A rank keeps cells by a move to itself. In memory
+    the ends of all moves in one dim lie next to each other.
     """
 
     src: Array
@@ -68,11 +78,20 @@ class Moves:
         src, dst = self.src, self.dst
         first = np.ones(len(src), dtype=bool)
         first[1:] = (src[1:] != src[:-1]) | (dst[1:] != dst[:-1])
-        return src[first], dst[first]
+        index = np.flatnonzero(first)
+        return src.take(index), dst.take(index)
 
     def select(self, keep: NDArray[np.bool_]) -> Moves:
         """The moves at the true places of ``keep``."""
-        return Moves(self.src[keep], self.dst[keep], self.low[keep], self.high[keep])
+        return self._take(np.flatnonzero(keep))
+
+    def _take(self, index: Counts) -> Moves:
+        return Moves(
+            self.src.take(index),
+            self.dst.take(index),
+            take_rows(self.low, index),
+            take_rows(self.high, index),
+        )
 
     def of(self, *, src: int | None = None, dst: int | None = None) -> Moves:
         """The moves from one rank, or to one."""
@@ -84,10 +103,14 @@ class Moves:
         return self.select(keep)
 
     @classmethod
-    def make(cls, src: Counts | Array, dst: Counts | Array, low: Counts, high: Counts) -> Moves:
+    def make(
+        cls, src: Counts | Array, dst: Counts | Array, low: Counts | Array, high: Counts | Array
+    ) -> Moves:
         """The moves in their order; arrays of any integer dtype."""
-        order = _order(src, dst, low)
-        return cls(*(np.ascontiguousarray(a[order], dtype=np.int32) for a in (src, dst, low, high)))
+        columns = (np.ascontiguousarray(a.T, dtype=np.int32).T for a in (src, dst, low, high))
+        found = cls(*columns)
+        order = _order(found.src, found.dst, found.low)
+        return found if order is None else found._take(order)
 
     @classmethod
     def none(cls, dims: int) -> Moves:
@@ -299,16 +322,19 @@ class Plan:
         return simulate(self, shards, backward=backward, tensor_dims=tensor_dims)
 
 
-def _order(src: Counts | Array, dst: Counts | Array, low: Counts) -> Counts:
-    """The order by sender, receiver and place; one key where it fits into 63 bits, which sorts much
-    faster."""
+def _order(src: Array, dst: Array, low: Array) -> Counts | None:
+    """The order by sender, receiver and place, None where that is theirs; one key where it fits
+    into 63 bits, which sorts much faster."""
     keys = [src, dst, *low.T]
     sizes = [int(key.max(initial=0)) + 1 for key in keys]
     if prod(sizes) >= 1 << 62:
         return np.lexsort(keys[::-1])
     key = src.astype(np.int64)
     for part, size in zip(keys[1:], sizes[1:], strict=True):
-        key = key * size + part
+        key *= size
+        key += part
+    if (key[1:] >= key[:-1]).all():
+        return None
     return key.argsort(kind="stable")
 
 

@@ -31,7 +31,7 @@ import sympy
 
 from colocc.errors import LayoutError
 from colocc.layout import Layout
-from colocc.passes.solve.boxes import Counts
+from colocc.passes.solve.boxes import Counts, by_rank, take_rows
 from colocc.passes.solve.pieces import Pieces, elementary, pieces_of, places_of
 from colocc.passes.solve.plan import Holding, Moves, Part, Plan, Step, received
 from colocc.passes.solve.slots import refine, replicas, slots_of
@@ -188,7 +188,7 @@ def steps(
         why = [f"every cell has {_summands(have)} summands, one on each {axes} rank"]
     if adds and (reduced := _as_all_reduce(have, need, pieces, moves)) is not None:
         return reduced, why
-    groups = components(moves.src[other], moves.dst[other], have.layout.size)
+    groups = _groups(moves, have.layout.size)
     if ranks_per_node is not None and not adds and copies(moves, ranks_per_node) > 1:
         return _two_levels(moves, have.layout.size, ranks_per_node)
     if not adds and (gather := _as_all_gather(have, need, moves, groups)) is not None:
@@ -201,9 +201,7 @@ def _two_levels(
 ) -> tuple[tuple[Step, ...], list[str]]:
     found = []
     for level in split(moves, int(moves.high[:, -1].max()), ranks_per_node):
-        other = level.src != level.dst
-        groups = components(level.src[other], level.dst[other], world)
-        found.append(_exchange(level, groups, adds=False))
+        found.append(_exchange(level, _groups(level, world), adds=False))
     return tuple(found), [f"two collectives: across nodes of {ranks_per_node} ranks, then inside"]
 
 
@@ -225,29 +223,30 @@ def _moves(
 ) -> Moves:
     """Every piece that some rank needs, with its supplier; a rank's own pieces among them."""
     givers, readers = places_of(have), places_of(need)
-    order = pieces.reader.argsort(kind="stable")
-    reader = pieces.reader[order]
+    order = by_rank(pieces.reader)
+    reader = pieces.reader.take(order)
     ranks = readers.holds.nonzero()[0]
     place = readers.index[ranks]
     first = reader.searchsorted(place, side="left")
     count = reader.searchsorted(place, side="right") - first
     dst = ranks.repeat(count)
-    piece = order[np.arange(len(dst)) + (first - count.cumsum() + count).repeat(count)]
-    low, high = pieces.low[piece], pieces.high[piece]
-    base, lane = givers.base[pieces.owner[piece]], givers.lane[dst]
+    piece = order.take(np.arange(len(dst)) + (first - count.cumsum() + count).repeat(count))
+    base, lane = givers.base.take(pieces.owner).take(piece), givers.lane.take(dst)
     shifts = _summand_shifts(have)
-    if len(shifts) == 1 and ranks_per_node is None:
-        return Moves.make(base + lane, dst, low, high)
-    src = []
+    sources = []
     for shift in shifts:
         lanes = lane
         if ranks_per_node is not None:
             every = np.unique(givers.lane)
             lanes = _nearest(base + shift, lane, dst, every, ranks_per_node)
-        src.append(base + shift + lanes)
-    many = len(shifts)
+        sources.append(base + shift + lanes)
+    # Each source gives pieces in order of reader and place, so the order of sources is left.
+    src = np.concatenate(sources)
+    order = by_rank(src)
+    row = order % max(1, len(dst))
+    dst, piece = dst.take(row), piece.take(row)
     return Moves.make(
-        np.concatenate(src), np.tile(dst, many), np.tile(low, (many, 1)), np.tile(high, (many, 1))
+        src.take(order), dst, take_rows(pieces.low, piece), take_rows(pieces.high, piece)
     )
 
 
@@ -281,18 +280,25 @@ def _narrow(have: Holding, moves: Moves, adds: bool) -> tuple[Step, ...]:
     return () if (kept == held).all() else (Step("narrow", (), moves, adds),)
 
 
+def _groups(moves: Moves, world: int) -> tuple[tuple[int, ...], ...]:
+    """The sets of ranks that must wait for each other."""
+    src, dst = (ranks.astype(np.int64) for ranks in moves.pairs())
+    return components(src, dst, world)
+
+
 def components(src: Counts, dst: Counts, world: int) -> tuple[tuple[int, ...], ...]:
     """The sets of ranks that exchange anything, directly or not, by first rank."""
     leader = np.arange(world)
-    while True:
-        low = np.minimum(leader[src], leader[dst])
-        after = leader.copy()
-        np.minimum.at(after, leader[src], low)
-        np.minimum.at(after, leader[dst], low)
-        after = after[after]
-        if (after == leader).all():
-            break
-        leader = after
+    while len(src):
+        low = np.minimum(src, dst)
+        np.minimum.at(leader, src, low)
+        np.minimum.at(leader, dst, low)
+        while (leader[leader] != leader).any():
+            leader = leader[leader]
+        # Leaders stand for their sets from here on, and those that met stand aside.
+        src, dst = leader.take(src), leader.take(dst)
+        apart = np.flatnonzero(src != dst)
+        src, dst = src.take(apart), dst.take(apart)
     # A leader is the lowest rank of its set, so sets come in order of their first rank.
     ranks, sizes = leader.argsort(kind="stable").tolist(), np.bincount(leader)
     ends = sizes.cumsum()
@@ -307,16 +313,18 @@ def _as_all_gather(
     """The steps as an all_gather, after a narrow where members hold more than what they give; None
     where members do not all need what each gives, or give unequal amounts."""
     world, places = have.layout.size, places_of(need)
-    own = moves.src == moves.dst
-    gives = np.bincount(moves.dst, moves.cells() * own, world).astype(np.int64)
     members = np.array(list(itertools.chain(*groups)))
     each = np.array(list(map(len, groups)))
     size = each.repeat(each)
     first = members[each.cumsum() - each].repeat(each)
-    given = gives[members]
-    if not given.all() or (given != gives[first]).any() or not places.holds[members].all():
+    if not places.holds[members].all():
         return None
     if (places.index[members] != places.index[first]).any():
+        return None
+    own = moves.src == moves.dst
+    gives = np.bincount(moves.dst, moves.cells() * own, world).astype(np.int64)
+    given = gives[members]
+    if not given.all() or (given != gives[first]).any():
         return None
     # Members give disjoint parts of what all of them need, so the sizes decide.
     if (given * size != need.cells()[members]).any():

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocc.errors import VerifyError
-from colocc.passes.solve.boxes import by_rank
+from colocc.passes.solve.boxes import by_rank, take_rows
 from colocc.passes.solve.cells import (
     Pieces,
     added,
@@ -22,7 +22,6 @@ from colocc.passes.solve.cells import (
     join,
     keys,
     meet,
-    take_rows,
     with_summands,
 )
 from colocc.passes.solve.ends import End, Ints
