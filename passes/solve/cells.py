@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 
 import numpy as np
@@ -193,36 +194,32 @@ def _parts(sides: list[Side], sizes: list[int]) -> list[Ints] | None:
                 return None
             borders[lows[dim]] = borders[highs[dim]] = True
         numbers.append(borders.cumsum())
-    firsts, spans, counts = [], [], []
-    for owner, lows, highs in sides:
-        first = [number.take(low) for number, low in zip(numbers, lows, strict=True)]
-        last = [number.take(high) for number, high in zip(numbers, highs, strict=True)]
-        count = np.ones(len(owner), dtype=np.int64)
-        for a, b in zip(first, last, strict=True):
-            b -= a
-            count *= b
-        firsts.append(first)
-        spans.append(last)
-        counts.append(count)
-    if sum(int(count.sum()) for count in counts) > sum(len(count) for count in counts) << len(
-        numbers
-    ):
-        return None
-    owners = [owner for owner, _, _ in sides]
-    return [_cut(*side, sizes) for side in zip(owners, firsts, spans, counts, strict=True)]
+    cut, parts, corners = [], 0, 0
+    for owner, *ends in sides:
+        first, last = (
+            [number.take(column) for number, column in zip(numbers, columns, strict=True)]
+            for columns in ends
+        )
+        spans = [np.subtract(b, a, out=b) for a, b in zip(first, last, strict=True)]
+        cut.append((owner, first, spans))
+        parts += int(reduce(np.multiply, spans, np.ones(len(owner), dtype=np.int64)).sum())
+        corners += len(owner) << len(numbers)
+    return None if parts > corners else [_cut(side, sizes) for side in cut]
 
 
-def _cut(owner: Ints, first: list[Ints], spans: list[Ints], count: Ints, sizes: list[int]) -> Ints:
-    """The keys of all parts, ``count`` in number, of pieces of so many parts in each dim."""
-    if (count != 1).any():
-        index, turn = _pairs(np.zeros_like(count), count)
-        for dim in reversed(range(len(first))):
-            # The last dim turns fastest.
-            span = spans[dim].take(index)
-            first[dim] = first[dim].take(index) + turn % span
-            turn //= span
-        owner = owner.take(index)
-    return keys([owner, *first], sizes)
+def _cut(side: tuple[Ints, list[Ints], list[Ints]], sizes: list[int]) -> Ints:
+    """The keys of the parts of pieces that have so many of them in each dim."""
+    found, *columns = side
+    piece = None
+    for first, span, size in zip(*columns, sizes[1:], strict=True):
+        if piece is not None:
+            first, span = first.take(piece), span.take(piece)
+        found = found * size
+        found += first
+        if (span != 1).any():
+            index, found = _pairs(found, span)
+            piece = index if piece is None else piece.take(index)
+    return found
 
 
 def _corners(side: Side, sizes: list[int]) -> tuple[list[Ints], list[Ints]]:

@@ -179,8 +179,8 @@ def steps(
     communicates."""
     moves = _moves(have, need, pieces, ranks_per_node)
     adds = _summands(have) > 1
-    other = moves.src != moves.dst
-    if not other.any():
+    pairs = _pairs(moves)
+    if not len(pairs[0]):
         return _narrow(have, moves, adds), []
     why = []
     if adds:
@@ -188,12 +188,12 @@ def steps(
         why = [f"every cell has {_summands(have)} summands, one on each {axes} rank"]
     if adds and (reduced := _as_all_reduce(have, need, pieces, moves)) is not None:
         return reduced, why
-    groups = _groups(moves, have.layout.size)
+    groups = components(*pairs, have.layout.size)
     if ranks_per_node is not None and not adds and copies(moves, ranks_per_node) > 1:
         return _two_levels(moves, have.layout.size, ranks_per_node)
     if not adds and (gather := _as_all_gather(have, need, moves, groups)) is not None:
         return gather, []
-    return (_exchange(moves, groups, adds=adds),), why
+    return (_exchange(moves, pairs, groups, adds=adds),), why
 
 
 def _two_levels(
@@ -201,16 +201,24 @@ def _two_levels(
 ) -> tuple[tuple[Step, ...], list[str]]:
     found = []
     for level in split(moves, int(moves.high[:, -1].max()), ranks_per_node):
-        found.append(_exchange(level, _groups(level, world), adds=False))
+        pairs = _pairs(level)
+        found.append(_exchange(level, pairs, components(*pairs, world), adds=False))
     return tuple(found), [f"two collectives: across nodes of {ranks_per_node} ranks, then inside"]
 
 
-def _exchange(moves: Moves, groups: tuple[tuple[int, ...], ...], *, adds: bool) -> Step:
+def _pairs(moves: Moves) -> tuple[Counts, Counts]:
+    """Each sender and receiver of anything from another rank once, in order."""
+    src, dst = moves.pairs()
+    other = np.flatnonzero(src != dst)
+    return src.take(other).astype(np.int64), dst.take(other).astype(np.int64)
+
+
+def _exchange(
+    moves: Moves, pairs: tuple[Counts, Counts], groups: tuple[tuple[int, ...], ...], *, adds: bool
+) -> Step:
     """A send_recv where no rank sends to or receives from more than one other, else an
     all_to_all."""
-    src, dst = moves.pairs()
-    other = src != dst
-    once = all(np.bincount(side[other]).max() == 1 for side in (src, dst))
+    once = all(np.bincount(side).max() == 1 for side in pairs)
     return Step("send_recv" if once else "all_to_all", groups, moves, adds)
 
 
@@ -240,13 +248,17 @@ def _moves(
             every = np.unique(givers.lane)
             lanes = _nearest(base + shift, lane, dst, every, ranks_per_node)
         sources.append(base + shift + lanes)
-    # Each source gives pieces in order of reader and place, so the order of sources is left.
-    src = np.concatenate(sources)
+    src = np.concatenate(sources, dtype=np.int32, casting="same_kind")
+    # Pieces are in order of reader and place for each summand, and a sender has one summand of a
+    # cell: so the order of senders makes that of moves.
     order = by_rank(src)
-    row = order % max(1, len(dst))
-    dst, piece = dst.take(row), piece.take(row)
-    return Moves.make(
-        src.take(order), dst, take_rows(pieces.low, piece), take_rows(pieces.high, piece)
+    dst, piece = (np.tile(a, len(shifts)) for a in (dst, piece))
+    piece = piece.take(order)
+    return Moves(
+        src.take(order),
+        dst.astype(np.int32).take(order),
+        take_rows(pieces.low, piece),
+        take_rows(pieces.high, piece),
     )
 
 
@@ -278,12 +290,6 @@ def _narrow(have: Holding, moves: Moves, adds: bool) -> tuple[Step, ...]:
     held = have.cells()
     kept = np.bincount(moves.dst, moves.cells(), len(held))
     return () if (kept == held).all() else (Step("narrow", (), moves, adds),)
-
-
-def _groups(moves: Moves, world: int) -> tuple[tuple[int, ...], ...]:
-    """The sets of ranks that must wait for each other."""
-    src, dst = (ranks.astype(np.int64) for ranks in moves.pairs())
-    return components(src, dst, world)
 
 
 def components(src: Counts, dst: Counts, world: int) -> tuple[tuple[int, ...], ...]:

@@ -148,18 +148,17 @@ def _check_connection(step: Step, group: Ints) -> None:
 def _leaders(src: Ints, dst: Ints, world: int) -> Ints:
     """The lowest rank that each rank exchanges anything with, directly or over others."""
     leader = np.arange(world)
-    while True:
-        left, right = leader.take(src), leader.take(dst)
-        apart = np.flatnonzero(left != right)
-        if not len(apart):
-            return leader
-        # From here on the leaders stand for those that they lead.
-        src, dst = left.take(apart), right.take(apart)
+    while len(src):
         low = np.minimum(src, dst)
         np.minimum.at(leader, src, low)
         np.minimum.at(leader, dst, low)
         while (leader[leader] != leader).any():
             leader = leader[leader]
+        # From here on the leaders stand for those that they lead.
+        src, dst = leader.take(src), leader.take(dst)
+        apart = np.flatnonzero(src != dst)
+        src, dst = src.take(apart), dst.take(apart)
+    return leader
 
 
 def _text(moves: Moves, index: int) -> str:

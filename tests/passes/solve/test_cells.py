@@ -92,6 +92,18 @@ def test_tiles_of_any_size_are_told_from_tiles_with_one_lost_doubled_or_moved(
         assert differs(pieces([*rest, swapped]), whole, 2) == 0
 
 
+def test_empty_boxes_among_others_hold_nothing() -> None:
+    empty = [(0, (1, 1), (0, 12)), (1, (2, 9), (5, 5)), (1, (0, 0), (0, 0))]
+    whole = pieces(tiles(12))
+    assert differs(pieces([*tiles(3), *empty]), whole, 2) is None
+    assert differs(pieces([*tiles(12), *empty]), pieces(tiles(1)), 2) is None
+    assert differs(pieces([*tiles(12)[:1], *empty]), whole, 2) == 1
+    # As many parts as pieces, of other pieces.
+    assert differs(pieces([(0, (0, 0), (0, 2)), (0, (1, 3), (0, 2))]), pieces([]), 1) == 0
+    two = pieces([(0, (0, 0), (4, 5)), (0, (1, 3), (0, 1))])
+    assert differs(two, pieces([(0, (1, 2), (0, 1)), (0, (2, 3), (0, 1))]), 1) is None
+
+
 @pytest.mark.parametrize("box", [((-1, 12), (0, 12)), ((12, 0), (0, 12)), ((0, 12), (12, 12))])
 def test_what_is_no_box_of_the_grid_is_told_from_all_of_it(
     box: tuple[tuple[int, int], tuple[int, int]],
