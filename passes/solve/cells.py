@@ -104,6 +104,7 @@ def meet(left: Pieces, right: Pieces) -> tuple[Ints, Pieces]:
     """The intersections of the pieces of ``left`` with those of ``right`` of the same owner, and
     the index of the left one; ``right`` comes by owner."""
     first, count = _ranges(left.owner, right.owner)
+    rows, inside = np.arange(len(first)), True
     places, lows, highs = [], [], []
     for begin in range(0, max(1, len(first)), BLOCK):
         block = slice(begin, begin + BLOCK)
@@ -111,6 +112,13 @@ def meet(left: Pieces, right: Pieces) -> tuple[Ints, Pieces]:
         places.append(index)
         lows.append(low)
         highs.append(high)
+        found, whole = (index, low, high), (rows, left.low.T, left.high.T)
+        inside = inside and all(
+            np.array_equal(a, b[..., block]) for a, b in zip(found, whole, strict=True)
+        )
+    if inside:
+        # Each piece lies in one other, and so is its own only intersection.
+        return rows, left
     index = np.concatenate(places)
     low, high = np.concatenate(lows, axis=1), np.concatenate(highs, axis=1)
     return index, Pieces(left.owner.take(index), low.T, high.T)
@@ -202,7 +210,8 @@ def _parts(sides: list[Side], sizes: list[int]) -> list[Ints] | None:
         )
         spans = [np.subtract(b, a, out=b) for a, b in zip(first, last, strict=True)]
         cut.append((owner, first, spans))
-        parts += int(reduce(np.multiply, spans, np.ones(len(owner), dtype=np.int64)).sum())
+        several = [span for span in spans if (span != 1).any()]
+        parts += int(reduce(np.multiply, several).sum()) if several else len(owner)
         corners += len(owner) << len(numbers)
     return None if parts > corners else [_cut(side, sizes) for side in cut]
 

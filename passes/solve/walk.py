@@ -32,7 +32,7 @@ COMMUNICATES = ("all_gather", "all_to_all", "send_recv", "all_reduce")
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What every rank holds: ``pieces`` by buffer, in order, and the buffer of each rank.
+    """What every rank holds: ``pieces`` of buffers, and the buffer of each rank.
 
     ``width`` is how many summands every cell carries: one at the start, all once they are added.
     """
@@ -67,10 +67,20 @@ def take_step(step: Step, state: State, end: End, grid: tuple[int, ...]) -> Stat
     Raises: VerifyError if the step breaks a rule of its kind, or changes nothing.
     """
     group = _groups(step, len(state.buffer))
+    state = _in_order(state)
     if step.kind in ("all_gather", "all_reduce"):
         return _gather(step, group, state, end)
     _check_moves(step, group, grid)
     return _move(step, state, end)
+
+
+def _in_order(state: State) -> State:
+    """The state with its pieces by buffer."""
+    pieces, owner = state.pieces, state.pieces.owner
+    if (owner[1:] >= owner[:-1]).all():
+        return state
+    order = by_rank(owner)
+    return replace(state, pieces=pieces.take(order, owner.take(order)))
 
 
 def _groups(step: Step, world: int) -> Ints:
@@ -179,9 +189,7 @@ def _move(step: Step, state: State, end: End) -> State:
         raise VerifyError(
             f"{_text(moves, int(lacking.argmax()))} carries cells that the sender does not hold"
         )
-    dst = moves.dst.take(index)
-    order = by_rank(dst)
-    pieces = found.take(order, dst.take(order).astype(np.int64))
+    pieces = replace(found, owner=moves.dst.take(index).astype(np.int64))
     after = State(np.arange(len(state.buffer)), pieces, end.summands if adding else state.width)
     if step.kind == "narrow" and np.array_equal(after.held(), state.held()):
         raise VerifyError("a narrow changes nothing")
