@@ -21,8 +21,8 @@ from colocc.passes.solve.boxes import take_rows
 from colocc.passes.solve.ends import Ints
 
 Ends = NDArray[np.integer]
-Side = tuple[Ints, list[Ends], list[Ends]]
-"""Owner, low and high of pieces, the latter by dim."""
+Side = tuple[Ints, Sequence[Ends], Sequence[Ends]]
+"""The owners of pieces, and by dim two numbers of each: low and high, or low and length."""
 # Rows that are met at a time: their columns stay in a core's cache.
 BLOCK = 1 << 15
 
@@ -93,8 +93,12 @@ def _ranges(keys: Ints, owner: Ints) -> tuple[Ints, Ints]:
     return bounds.take(place), (bounds[1:] - bounds[:-1]).take(place)
 
 
-def _pairs(first: Ints, count: Ints) -> tuple[Ints, Ints]:
+def _pairs(first: Ints, count: Ends) -> tuple[Ints, Ints]:
     """The rows i, each ``count[i]`` times, and the rows from first[i] on beside them."""
+    each = int(count.max(initial=0))
+    if (count == each).all():
+        left = np.arange(len(count)).repeat(each)
+        return left, np.add.outer(np.arange(each), first).ravel(order="F")
     left = np.arange(len(count)).repeat(count)
     right = np.arange(len(left)) + (first - count.cumsum() + count).repeat(count)
     return left, right
@@ -201,8 +205,8 @@ def _parts(sides: list[Side], sizes: list[int]) -> list[Ints] | None:
             if (lows[dim] < 0).any() or (lows[dim] > highs[dim]).any():
                 return None
             borders[lows[dim]] = borders[highs[dim]] = True
-        numbers.append(borders.cumsum())
-    cut, parts, corners = [], 0, 0
+        numbers.append(borders.cumsum(dtype=np.int32))
+    cut, parts, corners = list[Side](), 0, 0
     for owner, *ends in sides:
         first, last = (
             [number.take(column) for number, column in zip(numbers, columns, strict=True)]
@@ -210,20 +214,20 @@ def _parts(sides: list[Side], sizes: list[int]) -> list[Ints] | None:
         )
         spans = [np.subtract(b, a, out=b) for a, b in zip(first, last, strict=True)]
         cut.append((owner, first, spans))
-        several = [span for span in spans if (span != 1).any()]
+        several = [span.astype(np.int64) for span in spans if (span != 1).any()]
         parts += int(reduce(np.multiply, several).sum()) if several else len(owner)
         corners += len(owner) << len(numbers)
     return None if parts > corners else [_cut(side, sizes) for side in cut]
 
 
-def _cut(side: tuple[Ints, list[Ints], list[Ints]], sizes: list[int]) -> Ints:
+def _cut(side: Side, sizes: list[int]) -> Ints:
     """The keys of the parts of pieces that have so many of them in each dim."""
-    found, *columns = side
-    piece = None
-    for first, span, size in zip(*columns, sizes[1:], strict=True):
+    owner, firsts, spans = side
+    found, piece = owner.copy(), None
+    for first, span, size in zip(firsts, spans, sizes[1:], strict=True):
         if piece is not None:
             first, span = first.take(piece), span.take(piece)
-        found = found * size
+        found *= size
         found += first
         if (span != 1).any():
             index, found = _pairs(found, span)

@@ -92,6 +92,16 @@ def test_tiles_of_any_size_are_told_from_tiles_with_one_lost_doubled_or_moved(
         assert differs(pieces([*rest, swapped]), whole, 2) == 0
 
 
+@pytest.mark.parametrize("size", [1, 12])
+def test_what_is_compared_stays_as_it_is(size: int) -> None:
+    mine, other = pieces(tiles(size)), pieces(tiles(12))
+    turned = Pieces(mine.owner[::-1].copy(), mine.low[::-1].copy(), mine.high[::-1].copy())
+    before = turned.owner.copy(), turned.low.copy(), turned.high.copy()
+    assert differs(turned, other, 2) is None
+    for array, old in zip((turned.owner, turned.low, turned.high), before, strict=True):
+        assert (array == old).all()
+
+
 def test_empty_boxes_among_others_hold_nothing() -> None:
     empty = [(0, (1, 1), (0, 12)), (1, (2, 9), (5, 5)), (1, (0, 0), (0, 0))]
     whole = pieces(tiles(12))
