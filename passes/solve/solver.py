@@ -252,7 +252,8 @@ def _moves(
     # Pieces are in order of reader and place for each summand, and a sender has one summand of a
     # cell: so the order of senders makes that of moves.
     order = by_rank(src)
-    dst, piece = (np.tile(a, len(shifts)) for a in (dst, piece))
+    if len(shifts) > 1:
+        dst, piece = np.tile(dst, len(shifts)), np.tile(piece, len(shifts))
     piece = piece.take(order)
     return Moves(
         src.take(order),
