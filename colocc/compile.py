@@ -22,7 +22,7 @@ from colocc.passes.rows import BatchDim, BatchDims, Items, Rows, RowsPerItem, di
 from colocc.program import Program
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check, parse_check
-from colocc.runtime.bubbles import check_queues, portions_of
+from colocc.runtime.bubbles import Bubbles, portions_of
 from colocc.runtime.groups import (
     DEFAULT_TIMEOUT,
     ProcessGroups,
@@ -30,6 +30,7 @@ from colocc.runtime.groups import (
     check_world,
     layouts_text,
 )
+from colocc.runtime.links import check_links
 from colocc.runtime.parts import check_local
 from colocc.runtime.schedule import Schedule
 from colocc.runtime.texts import agree_on
@@ -122,8 +123,9 @@ def compile(
         _check_rows(graph, rows or {})
         order = Schedule.parse(schedule, (graph.sink, plain[graph.sink]))
         if order.kind == "filled":
-            portions_of(graph)
-            check_queues()
+            portions = portions_of(graph)
+            if dist.is_initialized() and Bubbles.needs_care():
+                check_links(portions)
         if batches not in ("global", "local"):
             raise LayoutError(f"batches is {batches!r}: write 'global' or 'local'")
         if batches == "local":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from colocc.runtime.data import Batches
 from colocc.runtime.execute import Executor
 from colocc.runtime.groups import Use, close_groups, open_groups
 from colocc.runtime.lanes import Lanes
+from colocc.runtime.links import links_of
 
 if TYPE_CHECKING:
     from colocc.program import Program
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 # What a portion costs whatever its size, in tokens: weights are read, their gradients added; and
 # without CUDA graphs the host launches a few thousand kernels.
 PORTION_TOKENS, LAUNCHED_TOKENS = 400, 1600
-# The fewest hardware queues for the streams of a step.
-QUEUES = 16
 
 
 def portions_of(graph: Graph) -> Portions:
@@ -45,24 +42,6 @@ def portions_of(graph: Graph) -> Portions:
         )
     sink = (graph.sink, graph.layouts[graph.sink])
     return Portions((encoders[0], graph.layouts[encoders[0]]), sink)
-
-
-def check_queues() -> None:
-    """Raises: LayoutError if work that waits for a message may hold up work that does not.
-
-    CUDA deals streams to so many hardware queues, and what shares one runs in order. Here are four
-    streams of messages, two of computing, and those of the modules' own groups.
-    """
-    given = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
-    enough = given is not None and given.isdecimal() and int(given) >= QUEUES
-    if enough or not dist.is_initialized() or not Bubbles.needs_care():
-        return
-    found = "not set, which means 8" if given is None else f"set to {given!r}"
-    raise LayoutError(
-        "schedule 'filled' runs on a dozen streams that must not wait for each other, and "
-        f"CUDA_DEVICE_MAX_CONNECTIONS is {found}: set it to {2 * QUEUES} before the program "
-        "starts, or write schedule='three_phase'."
-    )
 
 
 @dataclass(frozen=True)
@@ -127,40 +106,33 @@ class Bubbles:
         self._open(timeout)
 
     def _open(self, timeout: timedelta) -> None:
-        pipelines = self.sink.groups("pp")
+        links = links_of(self.portions)
+        self._lists: dict[Use, Any] = {link.use: link.lists for link in links}
         everyone = (tuple(range(self.sink.size)),)
-        self._lists: dict[Use, Any] = {
-            "pipeline": pipelines,
-            "pipeline back": pipelines,
-            "embeddings": everyone,
-            "gradients": everyone,
-        }
-        world: Any = dist.group.WORLD
-        if world.bound_device_id is not None and self.sink.pp > 2:
-            raise LayoutError(
-                "schedule 'filled' sends between pairs of ranks apart, which torch joins into one "
-                "queue where device_id was given to init_process_group: leave it out, or write "
-                "schedule='three_phase'"
-            )
         host: dist.ProcessGroup | None = None
         if self.needs_care():
             (host,) = open_groups(everyone, timeout=timeout, use="host").values()
         self._host = host
-        channels = []
-        for tag, (use, lists) in enumerate(self._lists.items()):
+        opened: dict[Use, dist.ProcessGroup] = {}
+        for use, lists in self._lists.items():
             mine = open_groups(lists, timeout=timeout, use=use)
             members = next(members for members in lists if self.rank in members)
-            channels.append(Channel(mine[tuple(sorted(members))], host, tag))
+            opened[use] = mine[members]
         if host is not None:
             self._lists["host"] = everyone
+
+        def channel(up: Use, down: Use) -> Channel:
+            made = Channel((opened.get(up), opened.get(down)), host, len(channels))
+            made.connect([pair for link in links if link.use in (up, down) for pair in link.pairs])
+            channels.append(made)
+            return made
+
+        channels: list[Channel] = []
+        self.onward = channel("pipeline", "pipeline")
+        self.back = channel("pipeline back", "pipeline back")
+        self.embeddings = channel("embeddings up", "embeddings down")
+        self.gradients = channel("gradients up", "gradients down")
         self.channels = tuple(channels)
-        self.onward, self.back, self.embeddings, self.gradients = channels
-        chain = [pair for ranks in pipelines for pair in itertools.pairwise(ranks)]
-        embeddings, gradients = self.portions.routes()
-        self.onward.connect(chain)
-        self.back.connect([(after, before) for before, after in chain])
-        self.embeddings.connect(embeddings)
-        self.gradients.connect(gradients)
 
     @staticmethod
     def needs_care() -> bool:
@@ -296,21 +268,22 @@ class Bubbles:
 
 
 def at_once(tasks: list[Task]) -> list[Task]:
-    """The tasks of the first stage, an encoder's backward right behind its microbatch's.
+    """The tasks of the first stage, an encoder's backward as soon as its microbatch is back and the
+    encodings before it are done.
 
     There the gradient is at hand, and on a stream of its own, behind the pipeline's, the work keeps
-    nothing waiting but fills what is left free where a stage waits in spite of the timeline.
+    no language task waiting but fills what is left free where a stage waits in spite of the
+    timeline.
     """
-    returns: dict[int, list[Task]] = {}
+    found: list[Task] = []
     for task in tasks:
+        at = len(found)
         if task.kind == "encode_backward":
-            returns.setdefault(task.microbatch, []).append(task)
-    found = []
-    for task in tasks:
-        if task.kind != "encode_backward":
-            found.append(task)
-        if task.kind == "backward":
-            found += returns.get(task.microbatch, [])
+            free = ("forward", "backward")
+            back = Task("backward", task.microbatch)
+            while found[at - 1].kind in free and found[at - 1] != back:
+                at -= 1
+        found.insert(at, task)
     return found
 
 

@@ -23,10 +23,12 @@ class Arrival:
 
 
 class Channel:
-    """A process group for sends of one kind.
+    """Process groups for messages of one kind.
 
-    Sends and receives between two ranks share a stream on a GPU: one kind of message in one
-    direction a group, or they wait for each other.
+    On a GPU all messages between two ranks in one group are one queue, in which a message that
+    waits for its peer holds up those behind it: were there some of both directions in it, each end
+    could wait for the other. So ``groups`` has one for messages to higher ranks and one for those
+    to lower, None where there are none.
 
     A message on a GPU is a kernel that spins until its peer's runs. CUDA may wait for it when it
     loads a kernel, or takes memory, that the peer depends on, and never return. So where
@@ -35,9 +37,12 @@ class Channel:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, host: dist.ProcessGroup | None = None, tag: int = 0
+        self,
+        groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
+        host: dist.ProcessGroup | None = None,
+        tag: int = 0,
     ) -> None:
-        self.group, self.host, self.tag = group, host, tag
+        self.groups, self.host, self.tag = groups, host, tag
         self.careful = False
         self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
@@ -46,13 +51,18 @@ class Channel:
 
         The first message of a pair waits for both of its ranks, which later ones must not.
         """
-        device = torch.cuda.current_device()
+        device, rank = torch.cuda.current_device(), dist.get_rank()
         for sender, receiver in pairs:
             probe = torch.zeros(1, device=device)
-            if dist.get_rank() == sender:
-                dist.send(probe, receiver, group=self.group)
-            elif dist.get_rank() == receiver:
-                dist.recv(probe, sender, group=self.group)
+            if rank == sender:
+                dist.send(probe, receiver, group=self._group(sender, receiver))
+            elif rank == receiver:
+                dist.recv(probe, sender, group=self._group(sender, receiver))
+
+    def _group(self, sender: int, receiver: int) -> dist.ProcessGroup:
+        group = self.groups[receiver < sender]
+        assert group is not None
+        return group
 
     def send(self, tensor: torch.Tensor, receiver: int) -> None:
         """Hand over ``tensor``, which must not change until it is sent; it is kept as long."""
@@ -64,7 +74,7 @@ class Channel:
             kept = kept.cpu()
             work = dist.isend(kept, receiver, group=self.host, tag=self.tag)
         else:
-            work = dist.isend(kept, receiver, group=self.group)
+            work = dist.isend(kept, receiver, group=self._group(dist.get_rank(), receiver))
         assert work is not None
         self._sent.append((work, kept))
 
@@ -75,7 +85,7 @@ class Channel:
             work = dist.irecv(found, sender, group=self.host, tag=self.tag)
         else:
             found = buffer
-            work = dist.irecv(buffer, sender, group=self.group)
+            work = dist.irecv(buffer, sender, group=self._group(sender, dist.get_rank()))
         assert work is not None
         return Arrival(work, found, buffer)
 

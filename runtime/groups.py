@@ -31,10 +31,27 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 Members = tuple[int, ...]
-Use = Literal["shared", "pipeline", "pipeline back", "embeddings", "gradients", "host", "agreement"]
+Use = Literal[
+    "shared",
+    "pipeline",
+    "pipeline back",
+    "embeddings up",
+    "embeddings down",
+    "gradients up",
+    "gradients down",
+    "host",
+    "agreement",
+]
 Key = tuple[Use, Members]
 # The uses whose groups carry messages alone.
-MESSAGES = ("pipeline", "pipeline back", "embeddings", "gradients")
+MESSAGES: tuple[Use, ...] = (
+    "pipeline",
+    "pipeline back",
+    "embeddings up",
+    "embeddings down",
+    "gradients up",
+    "gradients down",
+)
 MESSAGE_BLOCKS = 4
 
 
