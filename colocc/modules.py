@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from colocc.errors import LayoutError
 from colocc.passes.graph import Graph
@@ -84,3 +85,15 @@ class Modules:
             )
         for name, module in self.trainable().items():
             megatron.require_ddp(name, module)
+
+
+def check_way_back(name: str, output: str, value: Any) -> None:
+    """Raise LayoutError unless the ``output`` of module ``name``, which has parameters to train,
+    requires a gradient."""
+    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    if not any(leaf.requires_grad for leaf in leaves):
+        raise LayoutError(
+            f"{name} has parameters to train, and its output {output} requires no grad: they would "
+            "get no gradient. A recomputed layer whose input requires no grad loses them: leave it "
+            f"out of the recomputation of {name}, or put a layer with parameters before it."
+        )

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from colocc.errors import LayoutError
-from colocc.modules import Modules
+from colocc.modules import Modules, check_way_back
 from colocc.passes.capture import Method
 from colocc.passes.dump import dot, page, ranks
 from colocc.passes.graph import Graph, first_type
@@ -43,11 +40,10 @@ from colocc.runtime.redistribution import Redistribution, tensor_dims
 from colocc.runtime.row_moves import RowRedistribution
 from colocc.runtime.samples import RowCounts, imbalances, step_samples
 from colocc.runtime.schedule import Schedule, run_step
-from colocc.runtime.texts import gather_texts
-from colocc.runtime.trace import Recorder, chrome, from_text, picture, to_text
+from colocc.runtime.trace import Traced
 
 
-class Program(Modules):
+class Program(Modules, Traced):
     """A compiled model. ``print(program)`` is its page; ``program(**batch)`` its forward at pp = 1.
 
     A batch is a dict of the forward's arguments, global and the same on every rank: the program
@@ -80,7 +76,6 @@ class Program(Modules):
         self.schedule = schedule
         self.rank = dist.get_rank() if dist.is_initialized() else None
         self._owns_groups = False
-        self.recorder: Recorder | None = None
         self._quiet = megatron.QuietGlue(model) if megatron.is_mimo(model) else None
         self._destroyed = False
         self._intake: Intake | None = None
@@ -261,28 +256,15 @@ class Program(Modules):
         train that has lost its way back to them."""
         if not torch.is_grad_enabled():
             return
+        assert self._intake is not None
         trainable = self.trainable()
         for node, value in zip(self.cut, crossing, strict=True):
             source = node.all_input_nodes[0] if node.name in self.redistributions else node
             name = source.meta["module"]
             # Without an item in any step so far, no rank has called it.
-            assert self._intake is not None
             called = name not in self.graph.rows or name in self._intake.learned.templates
-            if (
-                called
-                and name in trainable
-                and not any(
-                    leaf.requires_grad
-                    for leaf in tree_leaves(value)
-                    if isinstance(leaf, torch.Tensor)
-                )
-            ):
-                raise LayoutError(
-                    f"{name} has parameters to train, and its output {source.name} requires no "
-                    "grad: they would get no gradient. A recomputed layer whose input requires no "
-                    f"grad loses them: leave it out of the recomputation of {name}, or put a layer "
-                    "with parameters before it."
-                )
+            if called and name in trainable:
+                check_way_back(name, source.name, value)
 
     def look_ahead(self, batches: Batches) -> None:
         """Learn what the language phase of ``batches`` must know of its values."""
@@ -396,32 +378,6 @@ class Program(Modules):
         intake.agree(None if found is None else found[-1], error)
         assert found is not None
         return found
-
-    @contextlib.contextmanager
-    def trace(self, path: str | Path) -> Iterator[None]:
-        """Inside, note what every rank does in a step; rank 0 then writes it to ``path`` for Chrome
-        or Perfetto, and as a PNG beside it if matplotlib is at hand.
-
-        Collective; one ``forward_backward`` goes inside. Idle time is what lies between.
-        """
-        self.recorder = Recorder()
-        try:
-            yield
-            spans = self.recorder.spans()
-        finally:
-            self.recorder = None
-        ranks = [from_text(text) for text in gather_texts(to_text(spans))]
-        if self.rank == 0:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(chrome(ranks))
-            if importlib.util.find_spec("matplotlib") is not None:
-                picture(ranks, Path(path).with_suffix(".png"))
-
-    def noted(self, kind: str, microbatch: int = -1) -> contextlib.AbstractContextManager[None]:
-        """Inside, this rank does ``kind`` of work: noted if the step is traced."""
-        if self.recorder is None:
-            return contextlib.nullcontext()
-        return self.recorder.span(kind, microbatch)
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ On a GPU the times are those of its stream, by events that nobody waits for befo
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from colocc.runtime.texts import gather_texts
 
 COLORS = {
     "encode": "#4c78a8",
@@ -168,3 +171,36 @@ def to_text(spans: list[Span]) -> str:
 def from_text(text: str) -> list[Span]:
     """The spans of ``to_text``."""
     return [Span(*fields) for fields in json.loads(text)]
+
+
+class Traced:
+    """A program whose steps can be traced."""
+
+    rank: int | None
+    recorder: Recorder | None = None
+
+    @contextlib.contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Inside, note what every rank does in a step; rank 0 then writes it to ``path`` for Chrome
+        or Perfetto, and as a PNG beside it if matplotlib is at hand.
+
+        Collective; one ``forward_backward`` goes inside. Idle time is what lies between.
+        """
+        self.recorder = Recorder()
+        try:
+            yield
+            spans = self.recorder.spans()
+        finally:
+            self.recorder = None
+        ranks = [from_text(text) for text in gather_texts(to_text(spans))]
+        if self.rank == 0:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(chrome(ranks))
+            if importlib.util.find_spec("matplotlib") is not None:
+                picture(ranks, Path(path).with_suffix(".png"))
+
+    def noted(self, kind: str, microbatch: int = -1) -> contextlib.AbstractContextManager[None]:
+        """Inside, this rank does ``kind`` of work: noted if the step is traced."""
+        if self.recorder is None:
+            return contextlib.nullcontext()
+        return self.recorder.span(kind, microbatch)

@@ -204,7 +204,7 @@ SETS: dict[str, tuple[Case, ...]] = {
         _held(SMALL, 16, 4, "filled"),
     ),
     "memory": tuple(
-        Case(LARGE, "tp1 dp2", language, 2 * count, count, arms if count == 4 else arms[1:])
+        Case(LARGE, "tp1 dp2", language, 2 * count, count, arms if count <= 8 else arms[1:])
         for language, arms in (
             ("tp1 pp2", ("three_phase", "filled")),
             ("tp2", ("three_phase", "megatron", "lookahead=1")),
