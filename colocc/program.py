@@ -381,7 +381,7 @@ class Program(Modules, Traced):
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
-        """Inside, nobody moves or freezes the weights of an encoder."""
+        """Inside, nobody moves or freezes the weights of an encoder, or changes how it runs."""
         with contextlib.ExitStack() as stack:
             for module in self.captured.values():
                 stack.enter_context(module.steady())

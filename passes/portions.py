@@ -2,9 +2,10 @@
 
 Each replica's samples of a microbatch are cut into portions. A portion is encoded on one stage of
 the reader, by all encoder slots of that stage together; a slot takes samples of the replicas that
-its own ranks belong to. The first stage reads all of them: each of its ranks gets a slot's samples
-from one rank of the slot (all of them hold the same), and each rank of the slot gets their gradient
-from one rank of the first stage (all of them hold the same).
+its own ranks belong to. The first stage reads all of them. A slot's samples go from each of its
+ranks to the reader with the same tp coordinate; readers without such a rank get them from one with.
+The gradient goes back along the tp coordinates, as all readers hold it. So a rank has messages to
+or from one rank of each stage, however wide the stages are.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Portions:
             tuple(tuple(groups[slot]) for slot in slots) for slots in slots_by_stage(encoder, sink)
         )
         self._replica = self.sink.coordinates("dp").tolist()
+        self._lane = self.sink.coordinates("tp").tolist()
         stage = self.sink.coordinates("pp").tolist()
         self.readers = tuple(
             tuple(
@@ -89,25 +91,38 @@ class Portions:
     def _touches(self, slot: Ranks, replica: int) -> bool:
         return any(self._replica[rank] == replica for rank in slot)
 
-    def source(self, piece: Piece, reader: int) -> int:
-        """The rank from which ``reader``, on the first stage, gets ``piece``."""
-        if reader in piece.ranks:
-            return reader
-        near = [rank for rank in piece.ranks if self._replica[rank] == piece.replica]
-        return near[self.readers[piece.replica].index(reader) % len(near)]
+    def source(self, piece: Piece, reader: int) -> int | None:
+        """The rank from which ``reader``, on the first stage, gets ``piece``, itself if it has it;
+        None where a peer hands it on."""
+        return self._lanes_of(piece).get(self._lane[reader])
+
+    def carrier(self, piece: Piece, reader: int) -> int | None:
+        """The peer of ``reader`` that hands ``piece`` on to it; None where it gets that itself."""
+        readers, lanes = self.readers[piece.replica], self._lanes_of(piece)
+        if self._lane[reader] in lanes:
+            return None
+        carriers = [rank for rank in readers if self._lane[rank] in lanes]
+        return carriers[readers.index(reader) % len(carriers)]
+
+    def _lanes_of(self, piece: Piece) -> dict[int, int]:
+        """By tp coordinate, the ranks that encode ``piece`` and are of its replica."""
+        return {
+            self._lane[rank]: rank for rank in piece.ranks if self._replica[rank] == piece.replica
+        }
 
     def gradient_source(self, piece: Piece, rank: int) -> int:
         """The rank on the first stage from which ``rank`` of the slot gets the gradient of
         ``piece``."""
         readers = self.readers[piece.replica]
-        return rank if rank in readers else readers[piece.ranks.index(rank) % len(readers)]
+        return next(reader for reader in readers if self._lane[reader] == self._lane[rank])
 
     def routes(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """The (sender, receiver) pairs of embeddings, and those of gradients, in order."""
-        embeddings, gradients = set(), set()
+        embeddings, gradients = set[tuple[int, int]](), set[tuple[int, int]]()
         for piece in self._every_piece():
             for reader in self.readers[piece.replica]:
-                embeddings.add((self.source(piece, reader), reader))
+                if (source := self.source(piece, reader)) is not None:
+                    embeddings.add((source, reader))
             for rank in piece.ranks:
                 gradients.add((self.gradient_source(piece, rank), rank))
         apart = [sorted(p for p in pairs if p[0] != p[1]) for pairs in (embeddings, gradients)]

@@ -25,14 +25,14 @@ def accumulate(total: torch.Tensor, part: torch.Tensor, *, dry: bool = False) ->
     if mixed and flat and total.is_cuda and part.is_cuda and _has_kernel(total.device):
         from colocc.runtime import accumulate_kernel
 
-        accumulate_kernel.launch(total, part, 0 if dry else total.numel())
+        accumulate_kernel.launch(total, part, total.numel(), dry=dry)
     elif not dry:
         total.add_(part)
 
 
 @functools.cache
 def _has_kernel(device: torch.device) -> bool:
-    """Whether Triton, which comes with torch, can build its kernel here; if not, a warning says
+    """Whether Triton, where it is installed, can build its kernel here; if not, a warning says
     why."""
     if importlib.util.find_spec("triton") is None:
         return False

@@ -20,7 +20,11 @@ def _add(total, part, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def
         tl.store(total + at, found, mask=inside)
 
 
-def launch(total: torch.Tensor, part: torch.Tensor, size: int) -> None:
-    """Add the first ``size`` elements of ``part`` to those of ``total``, on the current stream."""
+def launch(total: torch.Tensor, part: torch.Tensor, size: int, *, dry: bool = False) -> None:
+    """Add the first ``size`` elements of ``part`` to those of ``total``, on the current stream; if
+    ``dry`` none, by the same kernel."""
+    if dry:
+        # Triton has a kernel for sizes of 32 bits and one for 64.
+        size = -size
     with torch.cuda.device(total.device):
         _add[(max(1, triton.cdiv(size, BLOCK)),)](total, part, size, BLOCK=BLOCK, num_warps=8)

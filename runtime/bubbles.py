@@ -14,6 +14,7 @@ from colocc.errors import LayoutError
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.portions import Portions
 from colocc.passes.timeline import Costs, Task, Timeline, fill
+from colocc.runtime.backend import uses_nccl
 from colocc.runtime.channels import Channel
 from colocc.runtime.data import Batches
 from colocc.runtime.execute import Executor
@@ -53,11 +54,15 @@ class Rows:
     dtype: torch.dtype
     device: torch.device
 
-    def empty(self, samples: int) -> torch.Tensor:
-        """Room for the rows of ``samples`` samples."""
+    def of(self, samples: int) -> list[int]:
+        """The shape of the rows of ``samples`` samples."""
         shape = list(self.shape)
         shape[self.dim] *= samples
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return shape
+
+    def empty(self, samples: int) -> torch.Tensor:
+        """Room for the rows of ``samples`` samples."""
+        return torch.empty(self.of(samples), dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Bubbles:
             calls=program.captured,
         )
         self._streams = Lanes.streams() if self.needs_care() else None
+        self.apart = self._streams is not None
         self._reserved = 0
         found = first_type(program.cut[0].meta["types"])
         self.dim = found.batch if found is not None and found.batch is not None else 0
@@ -137,7 +143,7 @@ class Bubbles:
     @staticmethod
     def needs_care() -> bool:
         """Whether messages are kernels."""
-        return "nccl" in dist.get_backend()
+        return uses_nccl()
 
     def close(self, world: Any) -> None:
         """Give the groups back."""
@@ -213,7 +219,7 @@ class Bubbles:
         if first:
             portions, timeline = self._timeline(batches, rows, seq_length)
             mine = [span.task for span in timeline.stages[self.stage]]
-            if self.stage == 0 and self._streams is not None:
+            if self.stage == 0 and self.apart:
                 mine = at_once(mine)
             self._places[key] = _places(timeline, mine, self.stage, portions, train=train)
         # The careful step runs on them, too: they take their memory in it.

@@ -46,8 +46,8 @@ class CapturedModule:
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
-        """Inside, nobody moves or freezes weights: so that is looked at once, which takes the host
-        as long as a hundred launches."""
+        """Inside, nobody moves or freezes weights, or changes how the module runs: so that is
+        looked at once, which takes the host as long as a hundred launches."""
         self._steady = True
         try:
             yield
@@ -74,7 +74,7 @@ class CapturedModule:
         return sum(len(pairs) for pairs in self._pairs.values())
 
     def _look(self, module: nn.Module, leaves: list[Any]) -> None:
-        reason = self._weights(module).settings.uncapturable()
+        reason = None if self._state is not None else megatron.uncapturable(module)
         if not torch.cuda.is_available():
             reason = "there is no GPU"
         elif self.layout.size != self.layout.dp * self.layout.pp:
@@ -123,19 +123,16 @@ def _kind(leaf: Any) -> Any:
 
 @dataclass
 class _Weights:
-    """A module's parameters and buffers by name, where their gradients are added, and how it
-    runs."""
+    """A module's parameters and buffers by name, and where their gradients are added."""
 
     module: nn.Module
     parameters: dict[str, nn.Parameter] = field(init=False)
     buffers: list[torch.Tensor] = field(init=False)
-    settings: megatron.Settings = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = dict(self.module.named_parameters())
         # Megatron's DDP has a list by the name of the method.
         self.buffers = list(nn.Module.buffers(self.module))
-        self.settings = megatron.Settings(self.module)
 
     def state(self) -> tuple[Any, ...]:
         """What a graph was captured with: addresses, what is trained, the mode."""

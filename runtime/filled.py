@@ -16,6 +16,8 @@ earlier.
 from __future__ import annotations
 
 import contextlib
+import itertools
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,7 @@ from colocc.runtime import megatron
 from colocc.runtime.bubbles import Bubbles
 from colocc.runtime.channels import Arrival, Channel
 from colocc.runtime.data import Batches
+from colocc.runtime.exchange import exchange, unpack
 
 if TYPE_CHECKING:
     from colocc.program import Program
@@ -82,17 +85,19 @@ class Filled:
         if self.bubbles.stage:
             return [None]
         replica = int(self.bubbles.sink.coordinates("dp")[self.bubbles.rank])
-        arriving = [
-            self._arriving(microbatch, portion, piece)
+        pieces = [
+            (portion, piece)
             for portion in range(self.places.portions)
             for piece in self._pieces(microbatch, portion)
             if piece.replica == replica
         ]
-        parts = []
+        arriving = [self._arriving(microbatch, *found) for found in pieces]
+        mine: list[torch.Tensor | None] = []
         for part, work in arriving:
             if work is not None:
                 work.wait()
-            parts.append(part)
+            mine.append(part)
+        parts = self._handed_on([piece for _, piece in pieces], mine)
         leaf = torch.cat(parts, dim=self.rows.dim) if len(parts) > 1 else parts[0]
         leaf = leaf.detach().requires_grad_(self.learns)
         if self.learns:
@@ -101,6 +106,37 @@ class Filled:
             for portion in range(self.places.portions):
                 self.encoded.pop((microbatch, portion), None)
         return [leaf]
+
+    def _handed_on(
+        self, pieces: list[Piece], mine: list[torch.Tensor | None]
+    ) -> list[torch.Tensor]:
+        """The parts of all ``pieces`` of this replica: ``mine``, and for None those of peers."""
+        rank, split = self.bubbles.rank, self.bubbles.portions
+        readers, every = split.readers[pieces[0].replica], range(len(pieces))
+        # By reader, who hands each piece on to it.
+        carriers = {
+            reader: [split.carrier(piece, reader) for piece in pieces] for reader in readers
+        }
+        found = dict(zip(every, mine, strict=True))
+        if any(carrier is not None for row in carriers.values() for carrier in row):
+            given = [[mine[i] for i in every if row[i] == rank] for row in carriers.values()]
+            coming = [[i for i in every if carriers[rank][i] == peer] for peer in readers]
+            shapes = {i: self.rows.of(pieces[i].stop - pieces[i].start) for i in every}
+            flat = exchange(
+                [[part for part in parts if part is not None] for parts in given],
+                [sum(prod(shapes[i]) for i in places) for places in coming],
+                group=self.program.collection(self.program.graph.sink).tp,
+                kind="all_to_all",
+                like=self.rows.empty(0),
+            )
+            places = list(itertools.chain(*coming))
+            found |= dict(zip(places, unpack(flat, [shapes[i] for i in places]), strict=True))
+        parts = []
+        for i in every:
+            part = found[i]
+            assert part is not None
+            parts.append(part)
+        return parts
 
     def returned(self) -> None:
         """Hand the gradient of the microbatch that the first stage is done with to those who
@@ -176,9 +212,7 @@ class Filled:
             del self.encoded[microbatch, portion]
 
     def _check(self, value: torch.Tensor, samples: int) -> None:
-        wanted = list(self.rows.shape)
-        wanted[self.rows.dim] *= samples
-        if list(value.shape) != wanted:
+        if list(value.shape) != self.rows.of(samples):
             raise LayoutError(
                 f"the encoder made {list(value.shape)} of {samples} samples, one makes "
                 f"{list(self.rows.shape)}: schedule 'filled' needs the same number of rows of "
@@ -187,8 +221,12 @@ class Filled:
 
     def _arriving(
         self, microbatch: int, portion: int, piece: Piece
-    ) -> tuple[torch.Tensor, Arrival | None]:
+    ) -> tuple[torch.Tensor | None, Arrival | None]:
+        """What this rank gets of ``piece``, and what to wait for; nothing where a peer hands it
+        on."""
         source = self.bubbles.portions.source(piece, self.bubbles.rank)
+        if source is None:
+            return None, None
         if source != self.bubbles.rank:
             buffer = self.rows.empty(piece.stop - piece.start)
             return buffer, self.bubbles.embeddings.receive(buffer, source)

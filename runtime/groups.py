@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from colocc.errors import LayoutError
 from colocc.layout import Layout
+from colocc.runtime.backend import uses_nccl
 from colocc.runtime.lone import open_lone
 from colocc.runtime.megatron import prepare_buffers
 from colocc.runtime.texts import agree_on, gather_texts
@@ -149,7 +150,7 @@ def _open(key: Key, rank: int, world: int, timeout: timedelta) -> dist.ProcessGr
         return None  # the default group: the registry must not hold its own key
     # new_group is collective over the whole world, members or not.
     backend = "gloo" if use in ("host", "agreement") else None
-    options = _messages(timeout) if use in MESSAGES and "nccl" in dist.get_backend() else None
+    options = _messages(timeout) if use in MESSAGES and uses_nccl() else None
     group = dist.new_group(list(members), timeout=timeout, backend=backend, pg_options=options)
     return group if rank in members else None
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from colocc.errors import LayoutError
+from colocc.runtime.backend import uses_nccl
 
 
 def agree(what: str, text: str, error: str | None = None) -> None:
@@ -61,7 +62,7 @@ def _ranks(ranks: list[int]) -> str:
 
 def device_of_messages() -> torch.device:
     """Where a tensor must be for the default group to send it."""
-    if "nccl" in dist.get_backend():
+    if uses_nccl():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 

@@ -134,9 +134,9 @@ def _check_direction(
         ranks = len(start.place)
         got, cost = np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
         for index, step in enumerate(steps):
+            after = walk.take_step(step, state, start, plan.grid)
             if index and len(steps[index - 1].moves) and len(step.moves):
                 walk.check_all_used(step.moves, state)
-            after = walk.take_step(step, state, start, plan.grid)
             taken = walk.received(step, state, after)
             got += taken
             cost += _cost(step, taken, state)

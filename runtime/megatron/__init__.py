@@ -1,7 +1,6 @@
 """All that colocc knows of megatron-core's internals (0.19): what the rest of it asks of them."""
 
 from colocc.runtime.megatron.engine import (
-    Settings,
     Stage,
     add_gradient,
     finish_gradients,
@@ -16,6 +15,7 @@ from colocc.runtime.megatron.engine import (
     run_schedule,
     scale_gradients,
     start_reductions,
+    uncapturable,
     unwrapped,
 )
 from colocc.runtime.megatron.glue import MergeInPart, QuietGlue
@@ -32,7 +32,6 @@ from colocc.runtime.megatron.mimo import (
 __all__ = [
     "MergeInPart",
     "QuietGlue",
-    "Settings",
     "Stage",
     "add_gradient",
     "batch_dims_of",
@@ -54,5 +53,6 @@ __all__ = [
     "scale_gradients",
     "start_reductions",
     "traits_of",
+    "uncapturable",
     "unwrapped",
 ]

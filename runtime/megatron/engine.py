@@ -238,31 +238,26 @@ def add_gradient(weight: Any, *, dry: bool = False) -> None:
         accumulate(weight.main_grad, weight.grad, dry=dry)
 
 
-class Settings:
-    """Of a module and its parts, what decides whether it can be replayed as CUDA graphs; found
-    once, as a walk over all parts takes the host as long as a hundred launches."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.weights = list(module.parameters())
-        parts = list(module.modules())
-        configs = [getattr(part, "config", None) for part in parts]
-        self.configs = {id(config): config for config in configs if config is not None}.values()
-        self.drops = [part for part in parts if isinstance(part, nn.modules.dropout._DropoutNd)]
-
-    def uncapturable(self) -> str | None:
-        """Why forward and backward cannot be replayed; None if they can."""
-        learns = any(weight.requires_grad for weight in self.weights)
-        if learns and not is_ddp(self.module):
-            return "its gradients are not held by Megatron's DDP"
-        for config in self.configs:
-            if getattr(config, "recompute_granularity", None) is not None:
-                return "it recomputes activations, which sets the state of random numbers"
-            if getattr(config, "fp8", None):
-                return "it scales to fp8 from step to step"
-        names = ("hidden_dropout", "attention_dropout")
-        rates = [getattr(config, name, 0.0) for config in self.configs for name in names]
-        rates += [part.p for part in self.drops]
-        if self.module.training and any(rates):
-            return "it drops out at random"
-        return None
+def uncapturable(module: nn.Module) -> str | None:
+    """Why forward and backward of ``module`` cannot be replayed as CUDA graphs; None if they
+    can."""
+    learns = any(weight.requires_grad for weight in module.parameters())
+    if learns and not is_ddp(module):
+        return "its gradients are not held by Megatron's DDP"
+    configs: dict[int, Any] = {}
+    rates = []
+    for part in module.modules():
+        # A module asked for what it has not looks in all its tables first, and makes an error.
+        config = vars(part).get("config") or getattr(type(part), "config", None)
+        configs[id(config)] = config
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            rates.append(part.p)
+    for config in configs.values():
+        if getattr(config, "recompute_granularity", None) is not None:
+            return "it recomputes activations, which sets the state of random numbers"
+        if getattr(config, "fp8", None):
+            return "it scales to fp8 from step to step"
+        rates += [getattr(config, f"{name}_dropout", 0.0) for name in ("hidden", "attention")]
+    if module.training and any(rates):
+        return "it drops out at random"
+    return None

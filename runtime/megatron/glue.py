@@ -164,6 +164,8 @@ class QuietGlue:
         special_token_ids: Mapping[str, int],
     ) -> torch.Tensor:
         """All embeddings at the places of their tokens. Shape: [sequence, batch, hidden]."""
+        if not modality_embeddings:
+            raise ValueError("No modality embeddings provided")
         counts = self._counts[self._at]
         wanted = counts | {"text": input_ids.numel() - sum(counts.values())}
         samples, tokens = input_ids.shape

@@ -54,7 +54,7 @@ def recorded_graphs() -> Iterator[None]:
     """Inside, graphs are recorded operations, and the CPU is as good as a GPU."""
 
     def look(self: CapturedModule, module: nn.Module, leaves: list[Any]) -> None:
-        reason = megatron.Settings(module).uncapturable()
+        reason = megatron.uncapturable(module)
         if reason is not None:
             self._give_up(reason)
 
@@ -314,8 +314,17 @@ class Drops(nn.Linear):
     ],
 )
 def test_what_cannot_be_captured(module: nn.Module, reason: str | None) -> None:
-    found = megatron.Settings(module).uncapturable()
+    found = megatron.uncapturable(module)
     assert found is None if reason is None else (found is not None and found.startswith(reason))
+
+
+def test_a_setting_that_is_replaced_is_seen() -> None:
+    module = Held(nn.Sequential(Drops(2, 2)))
+    part: Any = module.module[0]  # type: ignore[index]
+    part.config = type("Config", (), {"hidden_dropout": 0.0})
+    assert megatron.uncapturable(module) is None
+    part.config = type("Config", (), {"hidden_dropout": 0.5})
+    assert megatron.uncapturable(module) == "it drops out at random"
 
 
 # ---------------------------------------------------------------- the whole step
