@@ -5,7 +5,8 @@ import os
 # Before torch starts: without DETAIL, gloo returns wrong numbers where dtypes or shapes differ. It
 # holds for commands that tests start; the pool compares by itself (tests/flight.py).
 os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
-os.environ["TORCH_FR_BUFFER_SIZE"] = "1024"  # BUFFER of tests/flight.py
+# Torch's flight recorder is one for a process, whose ranks may be threads: the pool turns it on.
+os.environ["TORCH_FR_BUFFER_SIZE"] = "0"
 # But for the tests that torchrun starts, one on each GPU.
 if "LOCAL_RANK" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch._C import _distributed_c10d as c10d
 
-# Operations that the ring of a process keeps (TORCH_FR_BUFFER_SIZE).
+# Operations that the ring of a process of the pool keeps (TORCH_FR_BUFFER_SIZE).
 BUFFER = 1024
 
 

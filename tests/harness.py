@@ -281,6 +281,8 @@ class ProcessPool:
 
 
 def _worker(connection: Connection) -> None:
+    # Torch reads it when the first group opens.
+    os.environ["TORCH_FR_BUFFER_SIZE"] = str(flight.BUFFER)
     torch.set_num_threads(1)
     # What every run reads stays: the collections between runs need not walk it.
     importlib.import_module("colocc.testing")
