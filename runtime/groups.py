@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch.distributed as dist
 
@@ -32,27 +32,17 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 Members = tuple[int, ...]
-Use = Literal[
-    "shared",
+Message = Literal[
     "pipeline",
     "pipeline back",
     "embeddings up",
     "embeddings down",
     "gradients up",
     "gradients down",
-    "host",
-    "agreement",
 ]
+"""A use whose groups carry messages alone."""
+Use = Literal["shared", "host", "agreement"] | Message
 Key = tuple[Use, Members]
-# The uses whose groups carry messages alone.
-MESSAGES: tuple[Use, ...] = (
-    "pipeline",
-    "pipeline back",
-    "embeddings up",
-    "embeddings down",
-    "gradients up",
-    "gradients down",
-)
 MESSAGE_BLOCKS = 4
 
 
@@ -150,7 +140,7 @@ def _open(key: Key, rank: int, world: int, timeout: timedelta) -> dist.ProcessGr
         return None  # the default group: the registry must not hold its own key
     # new_group is collective over the whole world, members or not.
     backend = "gloo" if use in ("host", "agreement") else None
-    options = _messages(timeout) if use in MESSAGES and uses_nccl() else None
+    options = _messages(timeout) if use in get_args(Message) and uses_nccl() else None
     group = dist.new_group(list(members), timeout=timeout, backend=backend, pg_options=options)
     return group if rank in members else None
 
