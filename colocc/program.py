@@ -251,6 +251,11 @@ class Program(Modules, Traced):
         assert self._intake is not None
         self._intake.settle(error)
 
+    def on_any_rank(self, question: bool) -> bool:
+        """Whether any rank says yes; collective."""
+        assert self._intake is not None
+        return self._intake.agreement.any(question)
+
     def check_learns(self, crossing: list[Any]) -> None:
         """Raise LayoutError, where gradients are on, for a value of a module with parameters to
         train that has lost its way back to them."""

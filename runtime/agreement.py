@@ -68,6 +68,14 @@ class Agreement:
         if failed or highest != -lowest:
             agree_on(what, text, error)
 
+    def any(self, question: bool) -> bool:
+        """Whether any rank says yes; collective."""
+        if self._group is None:
+            return question
+        answer = torch.tensor([int(question)], device="cpu")
+        dist.all_reduce(answer, dist.ReduceOp.MAX, group=self._group)
+        return bool(answer)
+
     def close(self) -> None:
         """Give the group back."""
         if self._group is not None:

@@ -118,7 +118,6 @@ class Bubbles:
         host: dist.ProcessGroup | None = None
         if self.needs_care():
             (host,) = open_groups(everyone, timeout=timeout, use="host").values()
-        self._host = host
         opened: dict[Use, dist.ProcessGroup] = {}
         for use, lists in self._lists.items():
             mine = open_groups(lists, timeout=timeout, use=use)
@@ -228,11 +227,9 @@ class Bubbles:
 
     def _gave_back(self) -> bool:
         """Whether any rank's GPU holds less memory for torch than after the last step."""
-        if self._host is None or self._streams is None:
+        if not self.needs_care():
             return False
-        less = torch.tensor([torch.cuda.memory_reserved() < self._reserved], dtype=torch.int32)
-        dist.all_reduce(less, dist.ReduceOp.MAX, group=self._host)
-        return bool(less)
+        return self.program.on_any_rank(torch.cuda.memory_reserved() < self._reserved)
 
     def ended(self) -> None:
         """A step has run."""

@@ -107,9 +107,8 @@ def open_groups(
 
     Collective: every rank calls it with the same lists in the same order. Members ascend. A group
     of one rank opens no communicator, and a group of all ranks is the default group. A group for
-    the sends of a pipeline is shared with other pipelines alone: its stages send unequally often,
-    which torch's own check of collectives (TORCH_DISTRIBUTED_DEBUG=DETAIL) counts as ranks out of
-    step.
+    messages runs no collectives: its ranks send unequally often, which torch's own check of
+    collectives (TORCH_DISTRIBUTED_DEBUG=DETAIL) counts as ranks out of step.
     """
     registry, rank, world = _registry(), dist.get_rank(), dist.get_world_size()
     mine: dict[Members, dist.ProcessGroup] = {}

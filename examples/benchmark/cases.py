@@ -135,6 +135,8 @@ AHEAD = ("lookahead=1", "lookahead=2", "three_phase")
 GRAPHS = ("lookahead=1+graphs", "three_phase+graphs")
 PIPELINED = ("three_phase", "filled", *ALONE)
 COLOCATED = ("megatron", "lookahead=1", "three_phase", *ALONE, "homogeneous")
+# A rank has no room for all samples of these, which each encodes where layouts are equal.
+WHOLE = ("three_phase", *ALONE, "homogeneous=lookahead=1")
 FILLED = ("three_phase", "three_phase+graphs", "filled=1", "filled=1+graphs", *ALONE)
 SMALL, LARGE = "0.3B + 2.7B", "2.0B + 1.3B"
 BIG, LONG = "1.0B + 6.7B", "1.0B + 6.7B, 32k"
@@ -194,8 +196,8 @@ SETS: dict[str, tuple[Case, ...]] = {
         Case(BIG, "tp1 dp8", "tp2 pp2 dp2", 32, 8, FILLED),
         Case(BIG, "tp1 dp8", "tp2 pp4", 32, 16, FILLED),
         Case(BIG, "tp1 dp8", "tp1 pp8", 32, 16, FILLED),
-        Case(LONG, "tp1 dp8", "tp2 cp4 zigzag", 8, 1, ("three_phase", *ALONE, "homogeneous")),
-        Case(LONG, "tp1 dp8", "cp8 zigzag", 8, 1, ("three_phase", *ALONE, "homogeneous")),
+        Case(LONG, "tp1 dp8", "tp2 cp4 zigzag", 8, 8, WHOLE),
+        Case(LONG, "tp1 dp8", "cp8 zigzag", 8, 8, WHOLE),
     ),
     # Where three_phase ran out of memory.
     "held": (

@@ -34,7 +34,7 @@ def ratio(result: Result, arm: str, base: str) -> tuple[float, float] | None:
     if median(result, arm) is None or median(result, base) is None:
         return None
     ones, others = (result["arms"][name]["seconds"] for name in (arm, base))
-    if family(arm) != family(base):
+    if family(arm) != family(base) or len(ones) != len(others):
         others = [statistics.median(others)] * len(ones)
     ratios = [one / other for one, other in zip(ones, others, strict=True)]
     return statistics.median(ratios), _half_spread(ratios)
@@ -121,7 +121,8 @@ def table(result: Result) -> str:
             f"Encoder {encoder / (encoder + language):.1%} of the time of both alone, "
             f"T* = {best:.3f} s.",
         ]
-    if language is not None and encoder is not None and "homogeneous" in result["arms"]:
+    everywhere = any(arm.startswith("homogeneous") for arm in result["arms"])
+    if language is not None and encoder is not None and everywhere:
         # Each cp rank encodes every sample, each tp rank its part of all.
         copies = case.homogeneous().layouts["images"].cp
         predicted = (language + copies * encoder) / (language + encoder)

@@ -2,7 +2,6 @@
 
 import faulthandler
 import gc
-import itertools
 import json
 import os
 import signal
@@ -83,8 +82,8 @@ def run_case(case: Case, plan: dict[str, Any], note: Callable[[str], object]) ->
     """What each arm of ``case`` took; the same on every rank. ``note`` gets the arm at hand."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     found: dict[str, Any] = {}
-    for _, group in itertools.groupby(case.arms, family):
-        names = list(group)
+    for kind in dict.fromkeys(map(family, case.arms)):
+        names = [arm for arm in case.arms if family(arm) == kind]
         found |= _run_family(case, names, plan, dtype, note)
         gc.collect()
         if torch.cuda.is_available():

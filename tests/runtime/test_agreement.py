@@ -44,6 +44,20 @@ def test_every_rank_hears_the_same() -> None:
     )
 
 
+def test_one_yes_is_heard_by_all() -> None:
+    def main(rank: int) -> list[bool]:
+        agreement = Agreement(DEFAULT_TIMEOUT)
+        found = [agreement.any(rank == 2), agreement.any(False)]
+        agreement.close()
+        return [*found, agreement.any(rank == 1)]
+
+    assert run_threads(3, main) == [
+        [True, False, False],
+        [True, False, True],
+        [True, False, False],
+    ]
+
+
 def test_a_closed_one_asks_nobody() -> None:
     def main(rank: int) -> str:
         agreement = Agreement(DEFAULT_TIMEOUT)
