@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from colocc.errors import LayoutError
+from colocc.passes.fill import fill
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.portions import Portions
-from colocc.passes.timeline import Costs, Task, Timeline, fill
+from colocc.passes.timeline import Costs, Task, Timeline
+from colocc.runtime import megatron
 from colocc.runtime.backend import uses_nccl
 from colocc.runtime.channels import Channel
 from colocc.runtime.data import Batches
@@ -108,7 +110,7 @@ class Bubbles:
         self.dim = found.batch if found is not None and found.batch is not None else 0
         self._rows: dict[Any, Rows] = {}
         self._places: dict[Any, Places] = {}
-        self._work: tuple[float, float] | None = None
+        self._work: list[float] | None = None
         self._open(timeout)
 
     def _open(self, timeout: timedelta) -> None:
@@ -243,7 +245,9 @@ class Bubbles:
         found = []
         for portions in choices:
             costs = self._costs(batches, rows, seq_length, portions)
-            timeline = fill(self.sink.pp, count, portions, costs, window=self.window)
+            timeline = fill(
+                self.sink.pp, count, portions, costs, window=self.window, apart=self.apart
+            )
             found.append((timeline.length, portions, timeline))
         _, portions, timeline = min(found, key=lambda one: one[:2])
         return portions, timeline
@@ -252,22 +256,26 @@ class Bubbles:
         """Of a stage and of a portion, as weights times tokens on one rank."""
         if self._work is None:
             self._work = self._weights()
-        sink, encoder = self._work
+        *stages, encoder = self._work
         share = batches.size // self.sink.dp
-        forward = sink * share * seq_length
+        forward = max(stages) * share * seq_length
         samples = batches.size / portions / len(self.portions.slots[0])
         fixed = PORTION_TOKENS if self.program.captured else LAUNCHED_TOKENS
         encode = encoder * (samples * rows.shape[rows.dim] + fixed)
-        return Costs(forward, 2 * forward, encode, 2 * encode)
+        loads = tuple(found / max(stages) for found in stages)
+        return Costs(forward, 2 * forward, encode, 2 * encode, loads)
 
-    def _weights(self) -> tuple[float, float]:
-        """The weights of the language module's largest stage and of the encoder on one rank."""
-        modules = [self.program.sink_module, self.program.encoder_module]
-        counts = [sum(weight.numel() for weight in module.parameters()) for module in modules]
-        found = torch.tensor(counts, dtype=torch.float64, device=torch.cuda.current_device())
+    def _weights(self) -> list[float]:
+        """The weights in products of each stage of the language module, and those of the encoder,
+        on the rank that has the most."""
+        found = torch.zeros(
+            self.sink.pp + 1, dtype=torch.float64, device=torch.cuda.current_device()
+        )
+        found[self.stage] = megatron.weights_in_products(self.program.sink_module)
+        found[-1] = megatron.weights_in_products(self.program.encoder_module)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        sink, encoder = found.tolist()
-        return sink, encoder
+        counts: list[float] = found.tolist()
+        return counts
 
 
 def at_once(tasks: list[Task]) -> list[Task]:

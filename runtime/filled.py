@@ -1,6 +1,6 @@
 """The encoders' work inside the bubbles of the language pipeline.
 
-``passes.timeline.fill`` gives every stage one list of tasks; the language tasks among them are
+``passes.fill.fill`` gives every stage one list of tasks; the language tasks among them are
 Megatron's 1F1B, the others run between these (megatron/pipeline.py). Embeddings go to the first
 stage portion by portion, and their gradients back, as messages between pairs of ranks.
 

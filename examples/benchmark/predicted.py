@@ -5,7 +5,8 @@ python -m examples.benchmark.predicted      # a table in Markdown
 
 import sys
 
-from colocc.passes.timeline import Costs, fill, ideal_length, three_phase_length
+from colocc.passes.fill import fill
+from colocc.passes.timeline import Costs, ideal_length, three_phase_length
 
 SHARES = (0.026, 0.05, 0.1, 0.2, 0.4)
 PIPELINES = tuple((stages, count) for stages in (4, 8, 16) for count in (16, 32, 64))

@@ -160,7 +160,7 @@ language module take alone, with the encoder in the pipeline's bubbles as far as
 {measured}
 ## Predicted
 
-Lengths of a step as multiples of the language model's own work, by `passes/timeline.py`; encoders
+Lengths of a step as multiples of the language model's own work, by `passes/fill.py`; encoders
 run in two portions for each stage and microbatch.
 
 {predicted}"""

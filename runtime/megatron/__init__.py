@@ -17,6 +17,7 @@ from colocc.runtime.megatron.engine import (
     start_reductions,
     uncapturable,
     unwrapped,
+    weights_in_products,
 )
 from colocc.runtime.megatron.glue import MergeInPart, QuietGlue
 from colocc.runtime.megatron.mimo import (
@@ -55,4 +56,5 @@ __all__ = [
     "traits_of",
     "uncapturable",
     "unwrapped",
+    "weights_in_products",
 ]

@@ -45,6 +45,20 @@ def reduction_of(name: str, module: nn.Module) -> Reduction:
     return "mean"
 
 
+def weights_in_products(module: nn.Module) -> int:
+    """The weights of ``module`` that a token is multiplied with: all but tables of embeddings."""
+    from megatron.core.tensor_parallel import VocabParallelEmbedding
+
+    tables = (nn.Embedding, VocabParallelEmbedding)
+    looked_up = {
+        id(weight)
+        for part in module.modules()
+        if isinstance(part, tables)
+        for weight in part.parameters(recurse=False)
+    }
+    return sum(weight.numel() for weight in module.parameters() if id(weight) not in looked_up)
+
+
 def prepare_buffers() -> None:
     """Give Megatron the scratch buffer that its sequence parallelism takes from parallel_state,
     which only ``initialize_model_parallel`` would otherwise make."""

@@ -1,14 +1,14 @@
-"""Covers passes/timeline.py: the order of 1F1B, what waits for what, and how near to ideal."""
+"""Covers passes/timeline.py and passes/fill.py: 1F1B, what waits for what, how near to ideal."""
 
 import itertools
 
 import pytest
 
+from colocc.passes.fill import fill
 from colocc.passes.timeline import (
     Costs,
     Task,
     Timeline,
-    fill,
     ideal_length,
     one_f_one_b,
     three_phase_length,

@@ -9,7 +9,8 @@ import torch
 
 import colocc
 from colocc import Layout, LayoutError
-from colocc.passes.timeline import Costs, Task, fill
+from colocc.passes.fill import fill
+from colocc.passes.timeline import Costs, Task
 from colocc.runtime import bubbles, cpu
 from colocc.runtime.bubbles import Bubbles
 from tests import mimo

@@ -7,7 +7,7 @@ import pytest
 
 import colocc
 from colocc import Layout
-from colocc.runtime import cpu
+from colocc.runtime import cpu, megatron
 from tests import mimo
 from tests.harness import ProcessPool
 
@@ -118,3 +118,19 @@ def test_parameters_gathered_behind_the_step_before(
         for (norm, logs), (wanted_norm, wanted) in zip(other, one, strict=True):
             assert norm == pytest.approx(wanted_norm, rel=1e-5)
             assert logs == [pytest.approx(log, rel=1e-5) for log in wanted]
+
+
+def weights_on_rank(rank: int) -> tuple[int, int]:
+    """The weights that this stage multiplies by, and what its table of words holds."""
+    layouts = {"images": Layout(dp=2), "language": Layout(pp=2)}
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        language: Any = mimo.build(groups, layouts).language_model
+        every = sum(weight.numel() for weight in language.parameters())
+        return megatron.weights_in_products(language), every
+
+
+def test_tables_of_embeddings_are_not_multiplied_with(processes: ProcessPool) -> None:
+    (first, whole), (last, every) = processes.run(2, weights_on_rank)
+    # One row for each word, one for each position.
+    assert whole - first == (mimo.VOCABULARY + mimo.LENGTH) * mimo.HIDDEN
+    assert last == every

@@ -1,0 +1,129 @@
+"""Predict a step on two lanes: the encoders' work beside the pipeline's, and behind it.
+
+A GPU that runs a stage's language tasks on one stream and its encoders' tasks on another, at a
+lower priority, runs each list in its own order. A language task starts when its inputs are there;
+an encoder's task gets what the other lane leaves idle, and is interrupted by it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from colocc.passes.timeline import LANGUAGE, Costs, Span, Task, Timeline, inputs
+
+
+class Encoders(Protocol):
+    """What an idle stage does for the encoders."""
+
+    def next(self, stage: int) -> Task | None:
+        """The next task of ``stage``, if it has one by now; it may still have to wait."""
+
+    def start(self, stage: int, task: Task) -> None:
+        """``stage`` starts what it was told to do next."""
+
+    def end(self, stage: int, task: Task) -> None:
+        """``stage`` has ended a task, the language module's too."""
+
+
+class Listed:
+    """The encoders' tasks among ``orders``, one list for each stage."""
+
+    def __init__(self, orders: Sequence[Iterable[Task]]) -> None:
+        self.left = [deque(task for task in order if task.kind not in LANGUAGE) for order in orders]
+
+    def next(self, stage: int) -> Task | None:
+        """The first of the list of ``stage`` that has not started."""
+        return self.left[stage][0] if self.left[stage] else None
+
+    def start(self, stage: int, task: Task) -> None:
+        """Take ``task`` off the list."""
+        self.left[stage].popleft()
+
+    def end(self, stage: int, task: Task) -> None:
+        """Lists have nothing to learn."""
+
+
+@dataclass
+class _Lane:
+    """The task that one lane of a stage is at; ``left``: the seconds that it still takes."""
+
+    task: Task | None = None
+    left: float = 0.0
+    start: float = 0.0
+
+
+@dataclass
+class TwoLanes:
+    """A step whose language tasks and encoders' work run on two lanes of each stage."""
+
+    language: Sequence[Sequence[Task]]
+    encoders: Encoders
+    portions: int
+    costs: Costs
+    now: float = 0.0
+    where: dict[Task, int] = field(default_factory=dict)
+    ended: set[tuple[Task, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._todo = [deque(tasks) for tasks in self.language]
+        self._lanes = [(_Lane(), _Lane()) for _ in self.language]
+        self._spans: list[list[Span]] = [[] for _ in self.language]
+
+    def play(self) -> Timeline:
+        """Run until nothing more can start.
+
+        Spans are in the order of their starts, and those of encoders hold what interrupts them. As
+        each starts after its inputs have ended, they are lists that can be run one task after the
+        other, too.
+        """
+        while active := self._active():
+            step = min(lane.left for _, lane in active)
+            self.now += step
+            for stage, lane in active:
+                lane.left -= step
+                if lane.left <= 0.0:
+                    self._end(stage, lane)
+        for spans in self._spans:
+            spans.sort(key=lambda span: span.start)
+        return Timeline(tuple(tuple(spans) for spans in self._spans))
+
+    def _active(self) -> list[tuple[int, _Lane]]:
+        """The lane that has the GPU of each stage now; what can start has started."""
+        found = []
+        for stage, (language, encoder) in enumerate(self._lanes):
+            if language.task is None and self._todo[stage]:
+                self._begin(stage, language, self._todo[stage][0])
+            if language.task is None and encoder.task is None:
+                self._begin(stage, encoder, self.encoders.next(stage))
+            if language.task is not None or encoder.task is not None:
+                found.append((stage, language if language.task is not None else encoder))
+        return found
+
+    def _begin(self, stage: int, lane: _Lane, task: Task | None) -> None:
+        """Start ``task`` if its inputs are there."""
+        if task is None or not self._ready(task, stage):
+            return
+        lane.task, lane.start = task, self.now
+        lane.left = self.costs.seconds(task.kind, stage)
+        if task.kind in LANGUAGE:
+            self._todo[stage].popleft()
+            return
+        self.encoders.start(stage, task)
+        if task.kind == "encode":
+            self.where[task] = stage
+
+    def _ready(self, task: Task, stage: int) -> bool:
+        return all(
+            (need, self.where.get(need) if at is None else at) in self.ended
+            for need, at in inputs(task, stage, len(self.language), self.portions)
+        )
+
+    def _end(self, stage: int, lane: _Lane) -> None:
+        task, lane.task = lane.task, None
+        assert task is not None
+        self._spans[stage].append(Span(task, lane.start, self.now))
+        self.ended.add((task, stage))
+        self.encoders.end(stage, task)
