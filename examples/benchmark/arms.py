@@ -310,7 +310,7 @@ def opened(
     """
     found: dict[str, Arm] = {}
     kind = family(arms[0])
-    case = case.homogeneous() if kind.startswith("homogeneous") else case
+    case = case.homogeneous(kind) if kind.startswith("homogeneous") else case
     with colocc.process_groups(case.layouts) as groups:
         shared = None
         if not kind.startswith("first_stage"):
@@ -337,7 +337,7 @@ def _build(
         return Megatron(shared)
     if kind == "language_only":
         return LanguageOnly(shared)
-    if kind == "homogeneous":
+    if kind.startswith("homogeneous"):
         return Colocc(shared, number or "three_phase")
     if kind.removesuffix("+graphs") == "encoder_only":
         at_once, _, _ = number.partition("+")

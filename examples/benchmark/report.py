@@ -121,10 +121,10 @@ def table(result: Result) -> str:
             f"Encoder {encoder / (encoder + language):.1%} of the time of both alone, "
             f"T* = {best:.3f} s.",
         ]
-    everywhere = any(arm.startswith("homogeneous") for arm in result["arms"])
+    everywhere = any(arm.partition("=")[0] == "homogeneous" for arm in result["arms"])
     if language is not None and encoder is not None and everywhere:
         # Each cp rank encodes every sample, each tp rank its part of all.
-        copies = case.homogeneous().layouts["images"].cp
+        copies = case.layouts["language"].cp
         predicted = (language + copies * encoder) / (language + encoder)
         lines.append(f"homogeneous / three_phase by the times of both alone: {predicted:.3f}.")
     lines += [

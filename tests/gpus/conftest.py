@@ -1,7 +1,8 @@
 """One NCCL world for all tests of this folder, and the oracle in a process of its own."""
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from unittest import mock
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import colocc
+from colocc import Layout
 from tests.harness import ProcessPool
 from tests.oracle import Oracle
 
@@ -27,6 +30,22 @@ def world() -> Iterator[int]:
     dist.init_process_group("nccl", timeout=TIMEOUT)
     yield dist.get_world_size()
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def keep_open(world: int) -> Iterator[Callable[[dict[str, Layout]], None]]:
+    """Keeps the groups of layouts for the tests that follow: NCCL takes seconds to open them, and
+    equal ones are shared."""
+    with contextlib.ExitStack() as stack:
+        seen = set[tuple[tuple[str, Layout], ...]]()
+
+        def keep(layouts: dict[str, Layout]) -> None:
+            key = tuple(layouts.items())
+            if key not in seen:
+                seen.add(key)
+                stack.enter_context(colocc.process_groups(layouts))
+
+        yield keep
 
 
 @pytest.fixture(scope="session")

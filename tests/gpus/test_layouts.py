@@ -51,6 +51,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 WORLD = int(os.environ.get("WORLD_SIZE", "8"))
 HERE = TUPLES if WORLD == 8 else FEWER.get(WORLD, [])
+Keep = Callable[[dict[str, Layout]], None]
 # Half a percent of rounding in each of a few dozen matrix products; what a factor of two, a swapped
 # sample or a lost microbatch does is above one half.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
@@ -152,14 +153,16 @@ def check(
 @pytest.mark.parametrize(("encoder", "language"), HERE)
 def test_layouts_equal_the_oracle(
     reference: Oracle,
+    keep_open: Keep,
     encoder: tuple[int, int],
     language: tuple[int, int, int],
     order: str,
     dtype: torch.dtype,
 ) -> None:
-    pp = language[1]
+    pp, layouts = language[1], layouts_of(encoder, language, order)
     counts = {1, pp, pp + 1, 6} if order == ORDERS[0] else {1, pp + 1}
-    check(reference, layouts_of(encoder, language, order), tuple(sorted(counts)), dtype)
+    keep_open(layouts)
+    check(reference, layouts, tuple(sorted(counts)), dtype)
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -167,6 +170,7 @@ def test_layouts_equal_the_oracle(
 @pytest.mark.parametrize(("encoder", "language"), [t for t in HERE if t[0][0] == 1])
 def test_schedules_with_and_without_graphs(
     reference: Oracle,
+    keep_open: Keep,
     encoder: tuple[int, int],
     language: tuple[int, int, int],
     schedule: str,
@@ -176,6 +180,7 @@ def test_schedules_with_and_without_graphs(
     if schedule.startswith("lookahead") == (pp > 1) and schedule != "three_phase":
         pytest.skip("lookahead is for pp1, filled for pipelines")
     layouts = layouts_of(encoder, language, ORDERS[0])
+    keep_open(layouts)
     # A step of each kind twice: the first is careful with its messages and captures.
     counts = (pp + 1, 6, 6, pp + 1)
     check(reference, layouts, counts, torch.float32, schedule, cuda_graphs=cuda_graphs)
@@ -184,9 +189,10 @@ def test_schedules_with_and_without_graphs(
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("encoder", "language"), HERE)
 def test_identity_coded_rows_arrive(
-    world: int, encoder: tuple[int, int], language: tuple[int, int, int], order: str
+    keep_open: Keep, encoder: tuple[int, int], language: tuple[int, int, int], order: str
 ) -> None:
     layouts = layouts_of(encoder, language, order)
+    keep_open(layouts)
 
     def work() -> None:
         with colocc.process_groups(layouts) as groups:

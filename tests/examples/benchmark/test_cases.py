@@ -42,8 +42,11 @@ RANKS = {"four": 4, "eight": 8}
 )
 def test_cases_fit_their_ranks_and_survive_json(ranks: int, case: Case) -> None:
     assert Case.from_json(case.to_json()) == case
-    assert {layout.size for layout in case.layouts.values()} == {ranks}
-    assert {layout.size for layout in case.homogeneous().layouts.values()} == {ranks}
+    everywhere = [case.homogeneous(arm) for arm in case.arms if arm.startswith("homogeneous")]
+    for one in (case, *everywhere):
+        for name, layout in one.layouts.items():
+            assert layout.size == ranks
+            assert getattr(one.sizes, name).heads % layout.tp == 0
     assert case.batch % case.microbatches == 0
     megatron = "megatron" in case.arms
     assert not (megatron and case.layouts["language"].pp > 1)
@@ -57,3 +60,16 @@ def test_layers_beside_the_encoder_balance_two_stages(name: str) -> None:
     first = model.image_flops(1) + count * layer
     last = model.language_flops(1) - count * layer
     assert abs(first - last) <= layer
+
+
+def test_homogeneous_layouts() -> None:
+    case = Case("tiny", "tp1 dp8", "tp8", 8, 4, ())
+    found = [
+        case.homogeneous(arm)
+        for arm in ("homogeneous", "homogeneous=lookahead=1", "homogeneous@tp4 dp2=lookahead=1")
+    ]
+    assert [(one.images, one.language) for one in found] == [
+        ("tp8", "tp8"),
+        ("tp8", "tp8"),
+        ("tp4 dp2", "tp4 dp2"),
+    ]
