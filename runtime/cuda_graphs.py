@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class CapturedModule:
         self.name, self.layout, self.find = name, layout, find
         self.reason: str | None = None
         self._pairs: dict[Any, list[_Pair]] = {}
-        self._seen: tuple[nn.Module, _Weights] | None = None
+        self._seen: _Weights | None = None
         self._steady = False
         self._state: tuple[Any, ...] | None = None
 
@@ -89,9 +90,10 @@ class CapturedModule:
         warnings.warn(f"cuda_graphs: {self.name} runs without: {reason}", stacklevel=2)
 
     def _weights(self, module: nn.Module) -> _Weights:
-        if self._seen is None or self._seen[0] is not module:
-            self._seen = module, _Weights(module)
-        return self._seen[1]
+        seen = self._seen
+        if seen is None or not (self._state or (seen.module is module and seen.is_current())):
+            self._seen = seen = _Weights(module)
+        return seen
 
     def _free(
         self, module: nn.Module, weights: _Weights, leaves: list[Any], spec: Any
@@ -133,6 +135,16 @@ class _Weights:
         self.parameters = dict(self.module.named_parameters())
         # Megatron's DDP has a list by the name of the method.
         self.buffers = list(nn.Module.buffers(self.module))
+        # What each part holds under which name: a tensor or a part of it may be put in another's
+        # place.
+        self._held = [(table, list(table.values())) for table in _tables(self.module)]
+
+    def is_current(self) -> bool:
+        """Whether every part of the module still holds the same tensors and parts."""
+        return all(
+            len(table) == len(values) and all(map(operator.is_, table.values(), values))
+            for table, values in self._held
+        )
 
     def state(self) -> tuple[Any, ...]:
         """What a graph was captured with: addresses, what is trained, the mode."""
@@ -167,6 +179,11 @@ class _Weights:
                 alias.register_post_accumulate_grad_hook(took)
             found[name] = alias
         return found
+
+
+def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
+    for part in module.modules():
+        yield from (vars(part)["_parameters"], vars(part)["_buffers"], vars(part)["_modules"])
 
 
 class _Pair:

@@ -188,7 +188,10 @@ def test_a_frozen_module_needs_one_pair_and_keeps_its_outputs_apart() -> None:
             assert not out.requires_grad
 
 
-@pytest.mark.parametrize("change", ["moved", "gradient moved", "frozen", "mode", "shape"])
+CHANGES = ["moved", "gradient moved", "replaced", "part replaced", "frozen", "mode", "shape"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_a_graph_was_captured_with_changes(change: str) -> None:
     module = Held(plain())
     call, (x, y) = captured(module), xs(2)
@@ -199,6 +202,11 @@ def test_what_a_graph_was_captured_with_changes(change: str) -> None:
             weight.data = weight.data * 2
         elif change == "gradient moved":
             weight.main_grad = torch.zeros_like(weight)
+        elif change == "replaced":
+            new = nn.Linear(4, 8).double()
+            module.module[0].weight = Held(new).module.weight  # type: ignore[index]
+        elif change == "part replaced":
+            module.module[0] = Held(nn.Linear(4, 8).double()).module  # type: ignore[index, operator]
         elif change == "frozen":
             weight.requires_grad_(False)
         elif change == "mode":
