@@ -206,7 +206,7 @@ def test_what_a_graph_was_captured_with_changes(change: str) -> None:
             new = nn.Linear(4, 8).double()
             module.module[0].weight = Held(new).module.weight  # type: ignore[index]
         elif change == "part replaced":
-            module.module[0] = Held(nn.Linear(4, 8).double()).module  # type: ignore[index, operator]
+            module.module[0] = Held(nn.Linear(4, 8).double()).module  # type: ignore[operator]
         elif change == "frozen":
             weight.requires_grad_(False)
         elif change == "mode":
