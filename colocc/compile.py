@@ -87,7 +87,9 @@ def compile(
     ``cuda_graphs`` replays the encoders' forward and backward as CUDA graphs, which frees the host
     from launching their kernels and keeps their activations allocated. An encoder that cannot be
     captured (tp, cp or ep inside it, dropout, recomputation, inputs of many shapes, waits for the
-    device, no GPU) runs without, with a warning that says why.
+    device, no GPU) runs without, with a warning that says why. With DDP's ``overlap_grad_reduce``
+    buckets are reduced beside the last backward of a step, with ``overlap_param_gather`` weights
+    are gathered while the batch is looked at.
 
     ``check`` says what is looked at before a step: with "every", all ranks ask one another, on the
     host, whether their batches are alike and without errors, before the step and after each

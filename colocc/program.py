@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
@@ -348,6 +349,10 @@ class Program(Modules, Traced):
             )
             return [*chunks, whole]
 
+        # Graphs and bubbles wait for all weights at once, so these are under way from the start.
+        for name, module in self.trainable().items():
+            if name != self.graph.sink and (self.bubbles is not None or self.has_graphs(name)):
+                megatron.start_gathering(module)
         with intake.unless_wrong(), self.steady():
             *chunks, found = self._agreed(prepared)
             return run_step(
@@ -392,11 +397,21 @@ class Program(Modules, Traced):
                 stack.enter_context(module.steady())
             yield
 
-    def replays(self, name: str) -> bool:
-        """Whether the module ``name`` runs as CUDA graphs."""
-        return any(
-            module.name == name and module.reason is None for module in self.captured.values()
-        )
+    @contextlib.contextmanager
+    def last_backward(self, force_all_reduce: bool) -> Iterator[None]:
+        """Inside, backward is the last of the step through the encoders with CUDA graphs, which
+        start to reduce their gradients where they are complete."""
+        calls = Counter(module.name for module in self.captured.values())
+        with contextlib.ExitStack() as stack:
+            for module in self.captured.values():
+                # Of two calls, neither knows when the other has made its part.
+                if calls[module.name] == 1:
+                    stack.enter_context(module.last_backward(force_all_reduce=force_all_reduce))
+            yield
+
+    def has_graphs(self, name: str) -> bool:
+        """Whether the module ``name`` is to run as CUDA graphs."""
+        return any(module.name == name for module in self.captured.values())
 
     def destroy(self) -> None:
         """Give back the process groups that the program opened."""

@@ -2,9 +2,10 @@
 
 A pair of graphs holds what the forward keeps for its backward, so as many pairs of a kind are
 captured as are under way at once, each when it is first needed. The backward adds to the gradients
-that DDP holds inside the graph. A replay is the captured kernels on the captured addresses: where
-an address, a shape or what is trained changes, another pair is captured, and where a forward cannot
-be captured, it runs as it is, with a warning that says why.
+that DDP holds inside the graph, and marks where those of a bucket are complete, behind which DDP
+reduces them (marks.py). A replay is the captured kernels on the captured addresses: where an
+address, a shape or what is trained changes, another pair is captured, and where a forward cannot be
+captured, it runs as it is, with a warning that says why.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from colocc.layout import Layout
 from colocc.runtime import megatron
+from colocc.runtime.marks import Marks
 
 # Each kind of input has graphs, with activations, of its own: more kinds than this are ragged.
 KINDS = 4
@@ -44,6 +46,7 @@ class CapturedModule:
         self._seen: _Weights | None = None
         self._steady = False
         self._state: tuple[Any, ...] | None = None
+        self._reduce: Callable[[Any], None] | None = None
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
@@ -54,6 +57,24 @@ class CapturedModule:
             yield
         finally:
             self._steady, self._state = False, None
+
+    @contextlib.contextmanager
+    def last_backward(self, *, force_all_reduce: bool) -> Iterator[None]:
+        """Inside, the backward that ends what is under way is the last of the step: behind it
+        gradients are reduced as they are complete, if DDP is to do so."""
+        self._reduce = functools.partial(
+            megatron.start_reduction, force_all_reduce=force_all_reduce
+        )
+        try:
+            yield
+        finally:
+            self._reduce = None
+
+    def went_back(self, marks: Marks) -> None:
+        """A replay of a backward with these ``marks`` has been launched."""
+        under_way = sum(not pair.free for pairs in self._pairs.values() for pair in pairs)
+        if self._reduce is not None and under_way == 1:
+            marks.start(self._reduce)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns; without gradients, by running it."""
@@ -109,7 +130,7 @@ class CapturedModule:
             self._give_up(f"its inputs or weights are of more than {KINDS} kinds")
             return None
         try:
-            pairs.append(_Pair(module, weights, leaves, spec))
+            pairs.append(_Pair(self, module, weights, leaves, spec))
         except Exception as problem:  # noqa: BLE001 - said in the warning; it then runs as it is
             torch.cuda.synchronize()
             self._give_up(f"{type(problem).__name__} when it was captured: {problem}")
@@ -159,16 +180,22 @@ class _Weights:
             tuple(buffer.data_ptr() for buffer in self.buffers),
         )
 
-    def aliases(self, take: Callable[[torch.Tensor], None]) -> dict[str, torch.Tensor]:
-        """The parameters under tensors of their own; each whose gradient is made goes to ``take``.
+    def aliases(
+        self,
+        take: Callable[[torch.Tensor], None],
+        taken: Callable[[nn.Parameter], None] = lambda weight: None,
+    ) -> dict[str, torch.Tensor]:
+        """The parameters under tensors of their own; each whose gradient is made goes to ``take``,
+        then the parameter to ``taken``.
 
         A parameter's own gradient is accumulated on the stream where DDP first asked for it, which
         a capture on another stream must not touch.
         """
 
-        def took(alias: torch.Tensor) -> None:
+        def took(alias: torch.Tensor, weight: nn.Parameter) -> None:
             take(alias)
             alias.grad = None
+            taken(weight)
 
         found = {}
         for name, weight in self.parameters.items():
@@ -176,7 +203,7 @@ class _Weights:
             # What Megatron's layers and DDP note on a parameter.
             vars(alias).update(vars(weight))
             if weight.requires_grad:
-                alias.register_post_accumulate_grad_hook(took)
+                alias.register_post_accumulate_grad_hook(functools.partial(took, weight=weight))
             found[name] = alias
         return found
 
@@ -190,9 +217,14 @@ class _Pair:
     """The graphs of one forward and its backward, with the tensors that they read and write."""
 
     def __init__(
-        self, module: nn.Module, weights: _Weights, leaves: Sequence[Any], spec: Any
+        self,
+        owner: CapturedModule,
+        module: nn.Module,
+        weights: _Weights,
+        leaves: Sequence[Any],
+        spec: Any,
     ) -> None:
-        self.free = True
+        self.owner, self.free, self.marks = owner, True, Marks(module)
         self.inputs = [_still(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         pool, stream = torch.cuda.graph_pool_handle(), _stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
@@ -212,7 +244,8 @@ class _Pair:
         gc.collect()
         self.forward, self.backward = torch.cuda.CUDAGraph(), None
         with _capturing(self.forward, pool, stream):
-            made = self._make(module, weights.aliases(megatron.add_gradient), leaves, spec)
+            aliases = weights.aliases(megatron.add_gradient, self.marks.made)
+            made = self._make(module, aliases, leaves, spec)
         found, self.spec = pytree.tree_flatten(made)
         self.others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in found]
         outputs = [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
@@ -262,6 +295,7 @@ class _Pair:
         for still, given in zip(self.gradients, learning, strict=True):
             still.zero_() if given is None else still.copy_(given)
         self.backward.replay()
+        self.owner.went_back(self.marks)
         return [None if found is None else found.clone() for found in self.input_gradients]
 
 

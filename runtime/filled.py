@@ -45,8 +45,10 @@ class Filled:
         *,
         seq_length: int,
         train: bool,
+        force_all_reduce: bool,
     ) -> None:
         self.program, self.bubbles, self.batches = program, bubbles, batches
+        self.force_all_reduce = force_all_reduce
         megatron.gather_parameters(program.encoder_module)
         self.rows = bubbles.rows(batches)
         self.places = bubbles.places(batches, self.rows, seq_length, train=train)
@@ -70,11 +72,13 @@ class Filled:
     def before(self, place: int) -> None:
         """Run what comes before language task number ``place`` of this stage."""
         with self.lanes.encoders():
-            for task in self.places.before[place]:
+            tasks = self.places.before[place]
+            for index, task in enumerate(tasks, 1):
                 if task.kind == "encode":
                     self._encode(task.microbatch, task.portion)
                 elif self.learns:
-                    self._backward(task.microbatch, task.portion)
+                    last = place == len(self.places.before) - 1 and index == len(tasks)
+                    self._backward(task.microbatch, task.portion, last=last)
 
     def running(self) -> contextlib.AbstractContextManager[object]:
         """Inside, the pipeline runs."""
@@ -173,7 +177,7 @@ class Filled:
         self.bubbles.ended()
         if self.learns:
             for module in self.program.trainable_encoders():
-                megatron.start_reductions(module)
+                megatron.start_reductions(module, force_all_reduce=self.force_all_reduce)
 
     def _pieces(self, microbatch: int, portion: int) -> list[Piece]:
         """The pieces of a portion that hold a sample."""
@@ -239,7 +243,9 @@ class Filled:
         self.lanes.take(value, self.made[microbatch, portion])
         return self._narrow(value, first, piece.stop - piece.start), None
 
-    def _backward(self, microbatch: int, portion: int) -> None:
+    def _backward(self, microbatch: int, portion: int, *, last: bool) -> None:
+        """Backward of one portion; behind the ``last`` task of the step, reductions start with
+        it."""
         mine, split = self._mine(microbatch, portion), self.bubbles.portions
         if not mine:
             return
@@ -254,10 +260,11 @@ class Filled:
             parts.append(buffer)
         gradient = torch.cat(parts, dim=self.rows.dim) if len(parts) > 1 else parts[0]
         scale = self.program.scale
-        with (
-            megatron.no_sync(self.program.encoder_module),
-            self.program.noted("encode_backward", microbatch),
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(megatron.no_sync(self.program.encoder_module))
+            if last:
+                stack.enter_context(self.program.last_backward(self.force_all_reduce))
+            stack.enter_context(self.program.noted("encode_backward", microbatch))
             torch.autograd.backward(value, gradient * scale if scale != 1 else gradient)
 
     def _narrow(self, tensor: torch.Tensor, first: int, samples: int) -> torch.Tensor:

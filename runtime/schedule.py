@@ -159,8 +159,15 @@ def _grad_of(leaf: torch.Tensor) -> torch.Tensor:
 class Chunks:
     """The encoders' side of a step: one chunk of microbatches is encoded at a time."""
 
-    def __init__(self, program: Program, chunks: list[Batches], *, train: bool) -> None:
-        self.program, self.train = program, train
+    def __init__(
+        self,
+        program: Program,
+        chunks: list[Batches],
+        *,
+        train: bool,
+        force_all_reduce: bool = False,
+    ) -> None:
+        self.program, self.train, self.force_all_reduce = program, train, force_all_reduce
         self.todo = list(chunks)
         self.encoded: Encoded | None = None
         self.first = self.stop = 0
@@ -212,15 +219,18 @@ class Chunks:
             quiet = [
                 module
                 for name, module in self.program.trainable().items()
-                if name != self.program.graph.sink and (not last or self.program.replays(name))
+                if name != self.program.graph.sink and (not last or self.program.has_graphs(name))
             ]
             for module in quiet:
                 stack.enter_context(megatron.no_sync(module))
+            if last:
+                stack.enter_context(self.program.last_backward(self.force_all_reduce))
             stack.enter_context(self.program.noted("encode_backward"))
             encoded.backward()
-        # A replayed backward tells DDP nothing: what it would have started, start here.
+        # A replayed backward tells DDP nothing: what it would have started, start here; all ranks
+        # in one order, also one that could not capture.
         for module in quiet if last else ():
-            megatron.start_reductions(module)
+            megatron.start_reductions(module, force_all_reduce=self.force_all_reduce)
 
 
 def run_step(
@@ -240,9 +250,16 @@ def run_step(
     train = not forward_only
     encoders: Chunks | Filled
     if program.bubbles is None:
-        encoders = Chunks(program, chunks, train=train)
+        encoders = Chunks(program, chunks, train=train, force_all_reduce=force_all_reduce)
     else:
-        encoders = Filled(program, program.bubbles, batches, seq_length=seq_length, train=train)
+        encoders = Filled(
+            program,
+            program.bubbles,
+            batches,
+            seq_length=seq_length,
+            train=train,
+            force_all_reduce=force_all_reduce,
+        )
     program.look_ahead(batches)
     encoders.start()
     tokens: list[torch.Tensor | None] = []

@@ -228,11 +228,13 @@ def data_parallel(
 
 
 def ddp_config(*, overlap: bool, distributed: bool = True) -> DistributedDataParallelConfig:
-    """Gradients summed in fp32, for the distributed optimizer or whole on every rank."""
+    """Gradients summed in fp32, for the distributed optimizer or whole on every rank; ``overlap``:
+    reduced beside the backward, and weights gathered beside the forward."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed,
         overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and distributed,
     )
 
 

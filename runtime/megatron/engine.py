@@ -167,28 +167,48 @@ def scale_gradients(module: Any, factor: torch.Tensor) -> None:
     module.scale_gradients(factor)
 
 
-def gather_parameters(module: Any) -> None:
-    """Gather what ``overlap_param_gather`` has put off until a forward, which a rank may not run.
-
-    The last group comes first: as Megatron's hooks have it, each starts the one before it.
-    """
+def start_gathering(module: Any) -> None:
+    """Start to gather what ``overlap_param_gather`` has put off until a forward, the groups that a
+    forward needs first in front, as Megatron's hooks do."""
     if not is_ddp(module) or not module.ddp_config.overlap_param_gather:
         return
     for groups in (module.bucket_groups, module.expert_parallel_bucket_groups):
         for group in reversed(groups):
-            group.finish_param_sync()
+            if not group.param_gather_dispatched:
+                group.start_param_sync()
 
 
-def start_reductions(module: Any) -> None:
-    """Start what backward would have with ``overlap_grad_reduce``, had it not run in ``no_sync``.
+def gather_parameters(module: Any) -> None:
+    """Have all parameters gathered: a rank may not run the forward that would, or replay it."""
+    start_gathering(module)
+    if is_ddp(module) and module.ddp_config.overlap_param_gather:
+        for group in module.bucket_groups + module.expert_parallel_bucket_groups:
+            group.finish_param_sync(skip_next_bucket_dispatch=True)
 
-    Until DDP has seen a backward outside of it, it waits for none and starts them by itself.
-    """
-    if not module.ddp_config.overlap_grad_reduce:
-        return
-    for group in module.bucket_groups + module.expert_parallel_bucket_groups:
-        if not group.is_first_batch:
-            group.start_grad_sync()
+
+def reductions(module: Any) -> list[Any]:
+    """The groups of buckets whose gradients DDP reduces together, as soon as they are complete;
+    empty if it reduces none before all are."""
+    if not is_ddp(module):
+        return []
+    settings = module.ddp_config
+    # Of reductions among instances it keeps no handle, by which to tell that one has started.
+    if not settings.overlap_grad_reduce or settings.num_distributed_optimizer_instances > 1:
+        return []
+    return list(module.bucket_groups + module.expert_parallel_bucket_groups)
+
+
+def start_reduction(group: Any, *, force_all_reduce: bool) -> None:
+    """Start to reduce the gradients of one of ``reductions``, unless that has been done."""
+    if group.grad_reduce_handle is None and not group.grad_reduce_finished:
+        group.start_grad_sync(force_all_reduce=force_all_reduce)
+
+
+def start_reductions(module: Any, *, force_all_reduce: bool) -> None:
+    """Start what backward would have with ``overlap_grad_reduce``, had it not run in ``no_sync``
+    or as a CUDA graph."""
+    for group in reductions(module):
+        start_reduction(group, force_all_reduce=force_all_reduce)
 
 
 def finish_gradients(

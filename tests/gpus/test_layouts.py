@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 import colocc
 from colocc import Layout
+from colocc.runtime.marks import sees_marks
 from colocc.testing import Run, check_identity, compare, observed, watch_input
 from tests import mimo
 from tests.oracle import (
@@ -95,11 +96,13 @@ def run(
     schedule: str,
     *,
     cuda_graphs: bool = False,
+    **options: Any,
 ) -> list[Run]:
-    """A step of each number of microbatches on this rank."""
+    """A step of each number of microbatches on this rank, of a model built with ``options``."""
     with of(dtype), contextlib.ExitStack() as stack:
         groups = stack.enter_context(colocc.process_groups(layouts))
-        model = mimo.build(groups, layouts, layers=max(2, layouts["language"].pp))
+        layers = max(2, layouts["language"].pp)
+        model = mimo.build(groups, layouts, layers=layers, **options)
         program = stack.enter_context(
             colocc.compile(
                 model, layouts, groups=groups, schedule=schedule, cuda_graphs=cuda_graphs
@@ -134,12 +137,15 @@ def check(
     schedule: str = "three_phase",
     *,
     cuda_graphs: bool = False,
+    **options: Any,
 ) -> None:
     """Every rank's runs against the oracle."""
-    ranks = on_every_rank(lambda: run(layouts, counts, dtype, schedule, cuda_graphs=cuda_graphs))
+    ranks = on_every_rank(
+        lambda: run(layouts, counts, dtype, schedule, cuda_graphs=cuda_graphs, **options)
+    )
     language = layouts["language"]
-    options = (("layers", max(2, language.pp)),)
-    wanted = reference.get(counts, language.dp, encoders(layouts), BATCH, options)
+    sizes = (("layers", max(2, language.pp)),)
+    wanted = reference.get(counts, language.dp, encoders(layouts), BATCH, sizes)
     for index, (count, one) in enumerate(zip(counts, wanted, strict=True)):
         seen = [rank[index] for rank in ranks]
         compare(seen, one, tolerance=TOLERANCE[dtype], noise=NOISE[dtype])
@@ -184,6 +190,34 @@ def test_schedules_with_and_without_graphs(
     # A step of each kind twice: the first is careful with its messages and captures.
     counts = (pp + 1, 6, 6, pp + 1)
     check(reference, layouts, counts, torch.float32, schedule, cuda_graphs=cuda_graphs)
+
+
+def test_an_event_inside_a_graph_is_seen_outside(world: int) -> None:
+    assert on_every_rank(lambda: sees_marks(torch.cuda.current_device())) == [True] * world
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("schedule", ["lookahead=2", "three_phase", "filled"])
+@pytest.mark.parametrize(("encoder", "language"), [t for t in HERE if t[0][0] == 1])
+def test_buckets_that_are_reduced_beside_the_last_backward(
+    reference: Oracle,
+    keep_open: Keep,
+    encoder: tuple[int, int],
+    language: tuple[int, int, int],
+    schedule: str,
+    cuda_graphs: bool,
+) -> None:
+    pp = language[1]
+    if schedule == ("lookahead=2" if pp > 1 else "filled"):
+        pytest.skip("lookahead is for pp1, filled for pipelines")
+    layouts = layouts_of(encoder, language, ORDERS[0])
+    keep_open(layouts)
+    options: dict[str, Any] = {"overlap": True, "bucket_size": 100}
+    check(
+        *(reference, layouts, (pp + 1, 6, 6, pp + 1), torch.float32, schedule),
+        cuda_graphs=cuda_graphs,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -3,7 +3,7 @@ graphs, and every reason to run without. On real graphs: tests/gpus."""
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,16 +15,19 @@ from torch.utils._pytree import tree_leaves
 
 import colocc
 from colocc import Layout
-from colocc.runtime import cpu, cuda_graphs, megatron
+from colocc.runtime import cpu, cuda_graphs, marks, megatron
 from colocc.runtime.cuda_graphs import KINDS, CapturedModule
 from tests import mimo
 from tests.harness import ProcessPool
+from tests.runtime.megatron.test_engine import train_on_rank
 
 SMALL = {"images": Layout(dp=2), "language": Layout(tp=2)}
 
 
 class Recorded(TorchDispatchMode):
     """Operations on fixed tensors, run again by ``replay``: what a CUDA graph is."""
+
+    current: "Recorded"
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -35,9 +38,16 @@ class Recorded(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, made))
         return made
 
+    def __enter__(self) -> "Recorded":
+        Recorded.current = self
+        return super().__enter__()  # type: ignore[no-untyped-call, no-any-return]
+
     def replay(self) -> None:
         with torch.no_grad():
             for func, args, kwargs, made in self.calls:
+                if isinstance(func, Mark):
+                    func.reached()
+                    continue
                 olds = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
                 inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
                 places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
@@ -47,6 +57,21 @@ class Recorded(TorchDispatchMode):
                     # A view, or a tensor changed in place, is where it was.
                     if old.numel() and old.untyped_storage().data_ptr() not in places:
                         old.copy_(new)
+
+
+class Mark:
+    """An event inside a graph: ``watch`` is called when a replay is there."""
+
+    watch: Callable[["Mark"], None] = staticmethod(lambda mark: None)
+
+    def __init__(self, *, external: bool = False) -> None:
+        assert external
+
+    def record(self) -> None:
+        Recorded.current.calls.append((self, None, None, None))
+
+    def reached(self) -> None:
+        Mark.watch(self)
 
 
 @contextlib.contextmanager
@@ -61,6 +86,9 @@ def recorded_graphs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "CUDAGraph", Recorded)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        patch.setattr(torch.cuda, "Event", Mark)
+        patch.setattr(marks, "sees_marks", lambda device: True)
+        patch.setattr(marks, "_beside", lambda device: torch.cuda.Stream())
         patch.setattr(cuda_graphs, "_capturing", lambda graph, pool, stream: graph)
         patch.setattr(cuda_graphs, "_stream", lambda device: torch.cuda.Stream())
         patch.setattr(CapturedModule, "_look", look)
@@ -84,7 +112,9 @@ class Held(nn.Module):
         raise AssertionError("nothing is reduced here")
 
     scale_gradients = finish_grad_sync
-    ddp_config: Any = type("Config", (), {"overlap_param_gather": False})
+    ddp_config: Any = type(
+        "Config", (), {"overlap_param_gather": False, "overlap_grad_reduce": False}
+    )
 
 
 def plain() -> nn.Module:
@@ -229,6 +259,91 @@ def test_what_a_graph_was_captured_with_changes(change: str) -> None:
         close(found, expected)
 
 
+class Bucket:
+    """A stand-in for a group of DDP's buckets: notes what it is to reduce."""
+
+    grad_reduce_finished = False
+
+    def __init__(self, name: str, params: list[Any], started: list[str]) -> None:
+        self.name, self.params, self.started = name, params, started
+        self.grad_reduce_handle: str | None = None
+
+    def start_grad_sync(self, *, force_all_reduce: bool) -> None:
+        assert force_all_reduce
+        assert self.grad_reduce_handle is None
+        self.grad_reduce_handle = self.name
+        self.started.append(self.name)
+
+
+def bucketed(module: Held, started: list[str]) -> list[Bucket]:
+    """The weights of the last layer, then those of the first: the order of a backward."""
+    layers: Any = module.module
+    found = [
+        Bucket(name, list(layers[place].parameters()), started)
+        for name, place in (("last", 2), ("first", 0))
+    ]
+    module.bucket_groups, module.expert_parallel_bucket_groups = found, []  # type: ignore[assignment]
+    settings = {"overlap_grad_reduce": True, "num_distributed_optimizer_instances": 1}
+    module.ddp_config = type("Config", (), {"overlap_param_gather": False} | settings)
+    return found
+
+
+def test_buckets_are_reduced_where_they_are_complete() -> None:
+    module, started, seen = Held(plain()), list[str](), list[list[torch.Tensor]]()
+    buckets, inputs = bucketed(module, started), xs(2)
+    call = captured(module)
+
+    def watch(mark: Mark) -> None:
+        seen.append([p.main_grad.clone() for p in module.parameters()])  # type: ignore[attr-defined]
+
+    with cpu.ranks(), recorded_graphs(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mark, "watch", staticmethod(watch))
+        one, other = (call(x).square().sum() for x in inputs)
+        one.backward()
+        # Not the last of the step.
+        assert (started, len(seen)) == ([], 2)
+        with call.last_backward(force_all_reduce=True):
+            third = call(inputs[0]).square().sum()
+            third.backward()
+            # Another is under way, which adds to the same gradients.
+            assert started == []
+            seen.clear()
+            other.backward()
+        assert started == ["last", "first"]
+        found = gradients(module)
+    close(found, wanted(module.module, [*inputs, inputs[0]]))
+    first, last = seen
+    names = [name for name, _ in module.named_parameters()]
+    for name, there in zip(names, first, strict=True):
+        # At the first mark the last layer is complete, and the first has yet to come.
+        assert torch.equal(there, found[name]) == name.startswith("module.2"), name
+    assert all(torch.equal(there, found[name]) for name, there in zip(names, last, strict=True))
+    assert [bucket.grad_reduce_handle for bucket in buckets] == ["last", "first"]
+
+
+def test_a_bucket_that_no_graph_completes_holds_back_those_behind_it() -> None:
+    module, started = Held(plain()), list[str]()
+    bucketed(module, started)
+    module.module[2].bias.requires_grad_(False)  # type: ignore[index]
+    call, (x,) = captured(module), xs(1)
+    with cpu.ranks(), recorded_graphs(), call.last_backward(force_all_reduce=True):
+        call(x).square().sum().backward()
+        assert started == []
+        megatron.start_reductions(module, force_all_reduce=True)
+    assert started == ["last", "first"]
+
+
+def test_of_several_instances_of_the_optimizer_none_is_started_early() -> None:
+    module, started = Held(plain()), list[str]()
+    bucketed(module, started)
+    module.ddp_config.num_distributed_optimizer_instances = 2
+    call, (x,) = captured(module), xs(1)
+    with cpu.ranks(), recorded_graphs(), call.last_backward(force_all_reduce=True):
+        call(x).square().sum().backward()
+        megatron.start_reductions(module, force_all_reduce=True)
+    assert started == []
+
+
 def test_weights_are_looked_at_once_while_they_are_steady() -> None:
     module = Held(plain())
     call, inputs, looks = captured(module), xs(4), []
@@ -342,10 +457,21 @@ def steps_on_rank(
     _: int, layouts: dict[str, Layout], schedule: str, graphs: str, overlap: bool
 ) -> tuple[list[Any], dict[str, torch.Tensor], int]:
     """Two steps of three microbatches: logs, gradients, how many pairs were captured."""
+    early = []
+    start = marks.Marks.start
+
+    def noted(self: marks.Marks, reduce: Callable[[Any], None]) -> None:
+        def counted(group: Any) -> None:
+            early.append(group)
+            reduce(group)
+
+        start(self, counted)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(cpu.ranks())
         groups = stack.enter_context(colocc.process_groups(layouts))
-        model = mimo.build(groups, layouts, overlap=overlap)
+        model = mimo.build(groups, layouts, overlap=overlap, bucket_size=100 if overlap else None)
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(marks.Marks, "start", noted)
         program = stack.enter_context(
             colocc.compile(
                 model, layouts, groups=groups, schedule=schedule, cuda_graphs=graphs != "off"
@@ -370,6 +496,10 @@ def steps_on_rank(
             for owner, module in program.trainable().items()
             for name, weight in module.named_parameters()
         }
+        encoder: Any = model.modality_submodules["images"]
+        buckets = len(encoder.bucket_groups)
+        assert buckets > 2 or not overlap
+        assert len(early) == (2 * buckets if overlap and graphs == "recorded" else 0)
         if graphs == "refused":
             assert [call.reason for call in program.captured.values()] == ["there is no GPU"]
         return logs, found, sum(call.captured() for call in program.captured.values())
@@ -383,6 +513,7 @@ def steps_on_rank(
         (SMALL, "lookahead=2", 2, True),
         (SMALL, "three_phase", 1, True),
         ({"images": Layout(dp=2), "language": Layout(pp=2)}, "filled=1", None, False),
+        ({"images": Layout(dp=2), "language": Layout(pp=2)}, "filled=2", None, True),
     ],
 )
 def test_a_step_with_graphs_is_a_step_without(
@@ -404,3 +535,26 @@ def test_a_step_with_graphs_is_a_step_without(
             assert torch.equal(third[1][name], gradient), name
         assert one[2] == third[2] == 0
         assert other[2] == pairs if pairs is not None else other[2] >= 1
+
+
+def trained_on_rank(rank: int, layouts: dict[str, Layout], schedule: str) -> list[Any]:
+    with recorded_graphs():
+        return train_on_rank(
+            rank, layouts, distributed=True, schedule=schedule, overlap=True, cuda_graphs=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("language", "schedule"),
+    [(Layout(pp=2), "three_phase"), (Layout(pp=2), "filled=1"), (Layout(tp=2), "lookahead=1")],
+)
+def test_graphs_train_on_weights_that_are_gathered_behind_the_step_before(
+    processes: ProcessPool, language: Layout, schedule: str
+) -> None:
+    layouts = {"images": Layout(dp=2), "language": language}
+    work = partial(train_on_rank, layouts=layouts, distributed=True, schedule=schedule)
+    replayed = partial(trained_on_rank, layouts=layouts, schedule=schedule)
+    for one, other in zip(processes.run(2, work), processes.run(2, replayed), strict=True):
+        for (norm, logs), (wanted_norm, wanted) in zip(other, one, strict=True):
+            assert norm == pytest.approx(wanted_norm, rel=1e-5)
+            assert logs == [pytest.approx(log, rel=1e-5) for log in wanted]

@@ -53,14 +53,23 @@ def train_on_rank(
     distributed: bool,
     schedule: str = "three_phase",
     overlap: bool = False,
+    cuda_graphs: bool = False,
 ) -> list[tuple[float, list[tuple[float, int]]]]:
+    """Three steps of Adam: the norm of the gradients and the losses of each."""
     from megatron.core.optimizer import OptimizerConfig
 
     with cpu.ranks(), colocc.process_groups(layouts) as groups:
         model = mimo.build(
-            groups, layouts, distributed_optimizer=distributed, overlap=overlap, gather=overlap
+            groups,
+            layouts,
+            distributed_optimizer=distributed,
+            overlap=overlap,
+            bucket_size=100 if overlap else None,
+            gather=overlap,
         )
-        with colocc.compile(model, layouts, groups=groups, schedule=schedule) as program:
+        with colocc.compile(
+            model, layouts, groups=groups, schedule=schedule, cuda_graphs=cuda_graphs
+        ) as program:
             optimizer = program.optimizer(
                 OptimizerConfig(
                     optimizer="adam",
