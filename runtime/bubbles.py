@@ -220,8 +220,6 @@ class Bubbles:
         if first:
             portions, timeline = self._timeline(batches, rows, seq_length)
             mine = [span.task for span in timeline.stages[self.stage]]
-            if self.stage == 0 and self.apart:
-                mine = at_once(mine)
             self._places[key] = _places(timeline, mine, self.stage, portions, train=train)
         # The careful step runs on them, too: they take their memory in it.
         self.lanes = Lanes(self._streams)
@@ -276,26 +274,6 @@ class Bubbles:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         counts: list[float] = found.tolist()
         return counts
-
-
-def at_once(tasks: list[Task]) -> list[Task]:
-    """The tasks of the first stage, an encoder's backward as soon as its microbatch is back and the
-    encodings before it are done.
-
-    There the gradient is at hand, and on a stream of its own, behind the pipeline's, the work keeps
-    no language task waiting but fills what is left free where a stage waits in spite of the
-    timeline.
-    """
-    found: list[Task] = []
-    for task in tasks:
-        at = len(found)
-        if task.kind == "encode_backward":
-            free = ("forward", "backward")
-            back = Task("backward", task.microbatch)
-            while found[at - 1].kind in free and found[at - 1] != back:
-                at -= 1
-        found.insert(at, task)
-    return found
 
 
 def _places(

@@ -9,8 +9,8 @@ timeline, a send never waits, and a task waits for its own inputs alone: so the 
 first in the timeline, of all that have not run, can always run. Ranks of one stage, which meet in
 collectives, run the same list. For this the messages of a kind and direction have a group of their
 own: between two ranks, sends and receives in one group wait for each other. On a GPU the language
-tasks and the others are on two streams (lanes.py), each in that order, which only lets work start
-earlier.
+tasks and the others are on two streams (lanes.py), each in that order, and only the others wait for
+what comes before them in the list: the network has fewer edges, and still ends.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ class Filled:
 
     def before(self, place: int) -> None:
         """Run what comes before language task number ``place`` of this stage."""
+        tasks = self.places.before[place]
+        if tasks:
+            self.lanes.behind()
         with self.lanes.encoders():
-            tasks = self.places.before[place]
             for index, task in enumerate(tasks, 1):
                 if task.kind == "encode":
                     self._encode(task.microbatch, task.portion)

@@ -1,8 +1,11 @@
 """Two streams of a GPU: the pipeline's tasks go first, the encoders' run behind and beside them.
 
-A stage's language tasks and its encoders' work are two lists, each in the order of the timeline. On
-streams of their own neither waits for the other but by an event, and the GPU gives the encoder what
-the pipeline leaves free: whole bubbles, and what its small kernels do not fill.
+A stage's language tasks and its encoders' work are two lists, each in the order of the timeline.
+The pipeline never waits for an encoder but for embeddings. An encoder's task begins behind the
+language tasks that the timeline has before it: a low priority holds back no block of a kernel that
+runs already, and work that began too early would slow what all other stages wait for. Once it has
+begun, the GPU gives it what the pipeline leaves free: the rest of the bubble, and what small
+kernels do not fill.
 """
 
 from __future__ import annotations
@@ -48,6 +51,12 @@ class Lanes:
         if self._streams is None:
             return contextlib.nullcontext()
         return torch.cuda.stream(self._streams[which])
+
+    def behind(self) -> None:
+        """Have the encoders' stream wait for what the pipeline's has been given so far."""
+        if self._streams is not None:
+            pipeline, encoders = self._streams
+            encoders.wait_stream(pipeline)
 
     def mark(self) -> torch.cuda.Event | None:
         """This point of the current stream."""

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from colocc.passes.fill import fill
+from colocc.passes.fill import fill, interrupted
 from colocc.passes.timeline import LANGUAGE, Costs, Task, Timeline, inputs, one_f_one_b
 from colocc.passes.two_lanes import Listed, TwoLanes
 
@@ -25,12 +25,17 @@ def text(timeline: Timeline, stage: int) -> str:
     )
 
 
-def test_the_pipeline_interrupts_an_encoder() -> None:
+def three_microbatches() -> Timeline:
+    """The first is encoded on the first stage, the others on the second, each in five forwards."""
     orders = [
         [Task("encode", 0), Task("encode_backward", 0)],
         [*(Task("encode", i) for i in (1, 2)), *(Task("encode_backward", i) for i in (1, 2))],
     ]
-    played = TwoLanes(pipeline(2, 3), Listed(orders), 1, Costs(1.0, 2.0, 5.0, 10.0)).play()
+    return TwoLanes(pipeline(2, 3), Listed(orders), 1, Costs(1.0, 2.0, 5.0, 10.0)).play()
+
+
+def test_the_pipeline_interrupts_an_encoder() -> None:
+    played = three_microbatches()
     assert text(played, 0) == ("e0:0-5 F0:5-6 F1:6-7 B0:9-11 g0:11-26 F2:16-17 B1:17-19 B2:20-22")
     assert text(played, 1) == (
         "e1:0-5 e2:5-16 F0:6-7 B0:7-9 F1:9-10 B1:10-12 F2:17-18 B2:18-20 g1:20-30 g2:30-40"
@@ -158,6 +163,21 @@ def test_no_split_of_four_microbatches_is_shorter() -> None:
     # What one lane would choose takes 4 % longer.
     alone = [[span.task for span in spans] for spans in fill(2, 4, 1, LARGE).stages]
     assert TwoLanes(pipeline(2, 4), Listed(alone), 1, LARGE).play().length > 1.04 * found.length
+
+
+def test_of_steps_as_short_the_one_that_interrupts_least() -> None:
+    # Stage 0: F2, B1 and B2 behind g0; stage 1: F0, B0, F1 and B1 behind e2.
+    assert interrupted(three_microbatches()) == (1 + 2 + 2) + (1 + 2 + 1 + 2)
+    # So small an encoder finds room in the bubbles.
+    small = fill(2, 8, 1, Costs(1.0, 2.0, 0.05, 0.1), apart=True)
+    assert interrupted(small) == 0.0
+    costs = Costs(1.0, 2.0, 2.0, 4.0, loads=(1.0, 1.1))
+    with pytest.MonkeyPatch.context() as patch:
+        careful = fill(2, 8, 2, costs, apart=True)
+        patch.setattr("colocc.passes.fill.interrupted", lambda timeline: 0.0)
+        careless = fill(2, 8, 2, costs, apart=True)
+    assert careful.length == pytest.approx(careless.length)
+    assert interrupted(careful) < 0.7 * interrupted(careless)
 
 
 def test_more_lists_than_those_of_one_lane_are_tried() -> None:

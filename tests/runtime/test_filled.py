@@ -9,9 +9,7 @@ import torch
 
 import colocc
 from colocc import Layout, LayoutError
-from colocc.passes.fill import fill
-from colocc.passes.timeline import Costs, Task
-from colocc.runtime import bubbles, cpu
+from colocc.runtime import cpu
 from colocc.runtime.bubbles import Bubbles
 from tests import mimo
 from tests.harness import ProcessPool
@@ -48,25 +46,6 @@ def test_filled_equals_the_oracle(
     pp = language[1]
     counts = tuple(sorted({1, pp, pp + 1, 6}))
     check(processes, reference, layouts_of(encoder, language, order), counts, schedule="filled")
-
-
-@pytest.mark.parametrize(("stages", "portions"), [(2, 1), (2, 2), (4, 2)])
-def test_the_first_stage_goes_back_at_once(stages: int, portions: int) -> None:
-    timeline = fill(stages, 9, portions, Costs(1.0, 2.0, 0.7, 1.4))
-    before = [span.task for span in timeline.stages[0]]
-    after = bubbles.at_once(before)
-    assert sorted(map(str, after)) == sorted(map(str, before))
-    for kinds in (("forward", "backward"), ("encode", "encode_backward")):
-        assert [t for t in after if t.kind in kinds] == [t for t in before if t.kind in kinds]
-    moved = 0
-    for place, task in enumerate(after):
-        if task.kind == "encode_backward":
-            behind = after[place - 1]
-            returned = behind == Task("backward", task.microbatch)
-            assert returned or behind.kind in ("encode", "encode_backward")
-            assert Task("backward", task.microbatch) in after[:place]
-            moved += returned and before[before.index(task) - 1] != behind
-    assert moved
 
 
 @pytest.mark.parametrize("portions", [1, 2, 3, 8])

@@ -108,6 +108,11 @@ def watched(patch: pytest.MonkeyPatch, recorder: Recorder) -> None:
         recorder.add("take", found)
         return tensor
 
+    def behind(self: Lanes) -> None:
+        found = next(recorder.marks)
+        recorder.log["pipeline"].append(("mark", found))
+        recorder.log["encoders"].append(("take", found))
+
     def comes_before(self: Filled, place: int) -> None:
         before(self, place)
         # What follows is a language task, in which the ranks of a stage and replica meet.
@@ -118,6 +123,7 @@ def watched(patch: pytest.MonkeyPatch, recorder: Recorder) -> None:
         (Channel, "receive", receives),
         (Arrival, "wait", waits),
         (Lanes, "mark", mark),
+        (Lanes, "behind", behind),
         (Lanes, "take", staticmethod(take)),
         (Lanes, "_on", lambda self, which: recorder.on(which)),
         (Filled, "before", comes_before),
@@ -226,6 +232,22 @@ def test_messages_that_wait_for_each_other_come_to_an_end(
     work = partial(recorded_on_rank, layouts=layouts, schedule=schedule, count=6, apart=apart)
     logs = processes.run(layouts["language"].size, work)
     assert stuck(logs, layouts["language"], one_queue=False) == []
+
+
+def test_encoders_begin_behind_what_the_timeline_has_before_them(processes: ProcessPool) -> None:
+    layouts = layouts_of((1, 4), (1, 4, 1), ORDERS[0])
+    work = partial(recorded_on_rank, layouts=layouts, schedule="filled", count=6, apart=True)
+    for log in processes.run(4, work):
+        # Marks that the encoders wait for, by the number of language tasks in front of them.
+        tasks, marks = 0, {}
+        for event, what in log["pipeline"]:
+            tasks += event == "meet"
+            if event == "mark":
+                marks[what] = tasks
+        behind = [marks[what] for event, what in log["encoders"] if event == "take"]
+        assert behind == sorted(behind)
+        assert behind[0] == 0
+        assert 0 < behind[-1] <= tasks
 
 
 def test_in_one_queue_they_would_not(processes: ProcessPool) -> None:
