@@ -257,13 +257,12 @@ class Program(Modules, Traced):
         assert self._intake is not None
         return self._intake.agreement.any(question)
 
-    def check_learns(self, crossing: list[Any]) -> None:
-        """Raise LayoutError, where gradients are on, for a value of a module with parameters to
-        train that has lost its way back to them."""
+    def check_learns(self, crossing: list[Any], trainable: Mapping[str, nn.Module]) -> None:
+        """Raise LayoutError, where gradients are on, for a value of a ``trainable`` module that has
+        lost its way back to its parameters."""
         if not torch.is_grad_enabled():
             return
         assert self._intake is not None
-        trainable = self.trainable()
         for node, value in zip(self.cut, crossing, strict=True):
             source = node.all_input_nodes[0] if node.name in self.redistributions else node
             name = source.meta["module"]
@@ -342,12 +341,7 @@ class Program(Modules, Traced):
         def prepared() -> list[Batches]:
             """The chunks, and behind them the whole step."""
             self.check_trainable(forward_only=forward_only)
-            taken = take(batches, num_microbatches)
-            chunks = intake.chunks(self.schedule, taken)
-            whole = (
-                chunks[0] if len(chunks) == 1 else intake.prepare(taken, encodes=not self._local)
-            )
-            return [*chunks, whole]
+            return intake.step(self.schedule, take(batches, num_microbatches))
 
         # Graphs and bubbles wait for all weights at once, so these are under way from the start.
         for name, module in self.trainable().items():

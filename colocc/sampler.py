@@ -10,8 +10,8 @@ import numpy as np
 import torch.utils.data
 
 from colocc.errors import LayoutError
+from colocc.runtime.holdings import deals
 from colocc.runtime.parts import whole_inputs
-from colocc.runtime.samples import deals
 
 if TYPE_CHECKING:
     from colocc.program import Program

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 CONSTANTS = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, Enum),
@@ -47,6 +48,16 @@ def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
         return type(value)(*(change(item) for item in value))
     parts = [change(item) for item in value]
     return tuple(parts) if isinstance(value, tuple) else parts
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """What torch's ``tree_map`` returns; sooner where ``value`` is a tensor, None or a dict of
+    them."""
+    if value is None or isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) is dict:
+        return {key: mapped(change, part) for key, part in value.items()}
+    return pytree.tree_map(change, value)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -9,7 +9,7 @@ from torch import fx
 
 from colocc.runtime.data import Batches
 from colocc.runtime.row_moves import RowRedistribution
-from colocc.runtime.rows import Ids, Rows, counted, rows_held
+from colocc.runtime.rows import Cells, Ids, Rows, corners_of, counted
 
 if TYPE_CHECKING:
     import torch
@@ -28,16 +28,20 @@ class Crossing:
         empty: Callable[[], torch.Tensor],
     ) -> None:
         self.cut, self.moves, self.rank, self.empty = cut, moves, rank, empty
+        self._corners = {
+            node: corners_of(node.meta["rows"].dst, rank)
+            for node in cut
+            if node.meta.get("rows") is not None
+        }
         self._rows: dict[fx.Node, tuple[Ids, Rows]] = {}
 
     def expect(self, batches: Batches) -> None:
         """The rows of ``batches`` are encoded next."""
-        self._rows = {}
-        for node in self.cut:
-            if (plan := node.meta.get("rows")) is None:
-                continue
+        for node, corners in self._corners.items():
             rows, move = batches.ragged.moved(node), self.moves.get(node.name)
-            self._rows[node] = rows_held(plan, plan.dst, rows, self.rank), rows
+            _, known = self._rows.get(node, (None, None))
+            if known is None or not known.alike(rows):
+                self._rows[node] = Cells(node.meta["rows"], rows).inside(corners), rows
             if isinstance(move, RowRedistribution):
                 move.rows = rows
 

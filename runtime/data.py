@@ -7,8 +7,8 @@ replicas, microbatch by microbatch: position p is sample ``p % (M*b)`` of replic
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from math import lcm
 from typing import Any
 
@@ -22,6 +22,7 @@ from colocc.passes.graph import Graph
 from colocc.passes.rows import BatchDims, RowsPerItem, dim_of, has_rows, items_of, rows_per_sample
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.boxes import Intervals
+from colocc.passes.structure import mapped
 from colocc.runtime.fields import (
     check_by_token,
     check_kinds,
@@ -31,11 +32,11 @@ from colocc.runtime.fields import (
     is_shared,
 )
 from colocc.runtime.guards import check_guards
-from colocc.runtime.holdings import assigner, holding_of, sample_runs, units_in
+from colocc.runtime.holdings import assigner, deals, holding_of, sample_runs, units_held
 from colocc.runtime.items import Learned
 from colocc.runtime.megatron.packing import packings
 from colocc.runtime.parts import Parts, Run, size_of_step, whole_inputs
-from colocc.runtime.ragged import Ragged
+from colocc.runtime.ragged import Masks, Ragged, masks_of
 from colocc.sequence import axes_of, check_length, cuts, part_of
 
 
@@ -55,19 +56,47 @@ class Batches:
         balance: bool = False,
         local: Graph | None = None,
         encodes: bool = True,
+        in_chunks: bool = False,
+        of: tuple[Batches, range] | None = None,
     ) -> None:
         """``balance``: samples are dealt to slots by their rows, not in order. ``local`` is given
         where the microbatches hold the samples of this rank alone: what it runs of ``graph``.
-        ``encodes`` is false where the encoders do not run over these microbatches as a whole."""
+        ``encodes`` is false where the encoders do not run over these microbatches as a whole.
+        ``in_chunks``: they run over chunks of them, each of which is given the step that it is
+        ``of``, and which of its microbatches it has: the step has checked them."""
         self.graph, self.rank, self.batch_dims = graph, rank, batch_dims
         self.microbatches = microbatches
         self.optional = optional
         self.sink = graph.layouts[graph.sink]
+        self.replica = int(self.sink.coordinates("dp")[rank])
         self.parts: Parts | None = None
-        if local is None:
-            self.size = check_batches(graph, microbatches, batch_dims, optional)
+        self.chunks: Sequence[Batches] = ()
+        self._masks: Masks | None = None
+        if of is not None:
+            self._cut_from(*of)
         else:
-            self.size = size_of_step(graph, microbatches, batch_dims)
+            self._check(local, encodes=encodes)
+        self._ragged = partial(
+            self._find_rows, rows_per_item, learned, balance=balance, local=local, encodes=encodes
+        )
+        if in_chunks:
+            self._masks = masks_of(graph.rows, microbatches)
+        else:
+            self.ragged = self._ragged()
+
+    @cached_property
+    def ragged(self) -> Ragged:
+        """The rows and items of the modules that make rows. A step in chunks, which know theirs,
+        finds its own only when asked."""
+        return self._ragged()
+
+    def _check(self, local: Graph | None, *, encodes: bool) -> None:
+        """Raise LayoutError or CaptureError for microbatches that cannot be cut."""
+        graph, microbatches = self.graph, self.microbatches
+        if local is None:
+            self.size = check_batches(graph, microbatches, self.batch_dims, self.optional)
+        else:
+            self.size = size_of_step(graph, microbatches, self.batch_dims)
         check_tokens(graph, microbatches)
         self.packings = packings(graph.packing, microbatches, (graph.sink, self.sink))
         check_masks(graph, microbatches)
@@ -76,17 +105,38 @@ class Batches:
             self.parts = self._parts(local, encodes)
         check_by_token(graph, microbatches)
         check_sequences(graph, microbatches)
-        modules = graph.rows if encodes else {}
-        self.ragged = Ragged(
-            microbatches,
+
+    def _cut_from(self, step: Batches, place: range) -> None:
+        """Take over what ``step`` knows of the microbatches at ``place``. Raises: LayoutError if
+        these cannot be cut by themselves."""
+        inside = slice(place.start, place.stop)
+        self.size = step.size
+        self.packings = None if step.packings is None else step.packings[inside]
+        check_divides(self.graph, len(place), self.size)
+        if step._masks is not None:
+            self._masks = {name: found[inside] for name, found in step._masks.items()}
+
+    def _find_rows(
+        self,
+        rows_per_item: Mapping[str, RowsPerItem] | None,
+        learned: Learned | None,
+        *,
+        balance: bool,
+        local: Graph | None,
+        encodes: bool,
+    ) -> Ragged:
+        graph, modules = self.graph, self.graph.rows if encodes else {}
+        return Ragged(
+            self.microbatches,
             modules,
+            masks=self._masks,
             replicas=self.sink.dp,
             rows_per_item=rows_per_item,
             learned=learned,
             packed=self.packings is not None,
-            assign={n: assigner(graph, n) for n in modules} if balance else None,
+            assign={n: assigner(graph, n) for n in modules if deals(graph, n)} if balance else None,
             own=None if local is None else {name: self.units(name) for name in modules},
-            sizes=[graph.guards.known(batch, self.size) for batch in microbatches]
+            sizes=[graph.guards.known(batch, self.size) for batch in self.microbatches]
             if graph.guards is not None
             else None,
         )
@@ -145,8 +195,8 @@ class Batches:
 
     def units(self, module: str) -> tuple[Intervals, int]:
         """The units of a step that this rank holds of ``module``, and how many there are."""
-        holding = holding_of(self.graph, module)
-        return holding.units()[self.rank], units_in(holding)
+        by_rank, count = units_held(self.graph, module)
+        return by_rank[self.rank], count
 
     def runs(self, node: fx.Node) -> list[Run]:
         """The samples of an input that this rank reads in the whole step."""
@@ -162,13 +212,15 @@ class Batches:
 
     def _replica(self) -> tuple[int, int]:
         """The samples of a microbatch that this rank's replica of the sink reads."""
-        replica = int(self.sink.coordinates("dp")[self.rank])
         size = self.size // self.sink.dp
-        return replica * size, (replica + 1) * size
+        return self.replica * size, (self.replica + 1) * size
 
     def placeholders(self) -> dict[str, list[int]]:
         """How many placeholders this rank's replica of the sink reads in each microbatch, of each
         module whose rows have their places in input_ids."""
+        if self.chunks:
+            found = [chunk.placeholders() for chunk in self.chunks]
+            return {name: [n for chunk in found for n in chunk[name]] for name in found[0]}
         first, last = self._replica()
         return {
             name: [int(found[first:last].sum()) for found in module.placeholders]
@@ -179,14 +231,13 @@ class Batches:
     def sink_input(self, node: fx.Node, microbatch: int) -> Any:
         """The samples of one microbatch that this rank's replica of the sink reads."""
         name = node.meta["path"][0]
-        replica = int(self.sink.coordinates("dp")[self.rank])
         if holds_items(self.graph, node):
             path = node.meta["path"]
-            return self.ragged.reader_input(node.meta["items"], microbatch, replica, path)
+            return self.ragged.reader_input(node.meta["items"], microbatch, self.replica, path)
         if self.packings is None:
             return self.cut(node, microbatch, *self._replica())
         if name == self.graph.packing:
-            return self.packings[microbatch].of_replica(replica)
+            return self.packings[microbatch].of_replica(self.replica)
         dim = dim_of(self.batch_dims, name)
         value = self.cut(node, microbatch, *self._replica())
         if dim is None or not isinstance(value, torch.Tensor) or value.dim() <= dim + 1:
@@ -211,12 +262,13 @@ class Batches:
             shared = path[0] in self.graph.masks and is_shared(value)
             if dim is not None and value.dim() > dim and not shared:
                 rows = rows_per_sample(name, value.shape[dim], max(1, size))
-                value = value.narrow(dim, start * rows, (stop - start) * rows)
+                if (stop - start) * rows != value.shape[dim]:
+                    value = value.narrow(dim, start * rows, (stop - start) * rows)
             if sequence is None or value.dim() <= sequence:
                 return value
             return cut_sequence(value, sequence, layout, self.rank)
 
-        return pytree.tree_map(narrow, lookup(self.microbatches[microbatch], path))
+        return mapped(narrow, lookup(self.microbatches[microbatch], path))
 
 
 def cut_sequence(value: torch.Tensor, dim: int, layout: Layout, rank: int) -> torch.Tensor:
@@ -379,48 +431,6 @@ def check_sequences(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> 
                     check_length(what, tensor.shape[dim], graph.layouts[node.meta["module"]])
     sink = graph.layouts[graph.sink]
     places = any(place.token is not None for place in graph.rows.values())
-    for index, batch in enumerate(microbatches if places else ()):
+    for index, batch in enumerate(microbatches if places and axes_of(sink) else ()):
         what = f"input_ids of microbatch {index}, read by {graph.sink} ({sink}),"
         check_length(what, batch["input_ids"].shape[1], sink)
-
-
-def fingerprint(batches: Batches) -> str:
-    """Names, shapes and a digest of the content of a step's batches."""
-    digest = hashlib.sha256()
-    for leaf in _leaves(batches, digest):
-        if isinstance(leaf, torch.Tensor):
-            flat = leaf.detach().cpu().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return f"shapes {_shapes(batches)[:6]} content {digest.hexdigest()[:16]}"
-
-
-def outline(batches: Batches) -> str:
-    """What of a step's batches decides on its collectives: names, shapes, the rows of samples."""
-    digest = hashlib.sha256()
-    for leaf in _leaves(batches, digest):
-        if isinstance(leaf, torch.Tensor):
-            digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
-    for rows in batches.ragged.rows.values():
-        for part in (rows.starts, rows.position, rows.items):
-            digest.update(part.tobytes())
-    return f"shapes {_shapes(batches)[:6]} rows {digest.hexdigest()[:16]}"
-
-
-def _leaves(batches: Batches, digest: Any) -> list[Any]:
-    """The values of the batches; the digest learns their names, and those that are no tensors."""
-    found = []
-    for batch in batches.common():
-        leaves, spec = pytree.tree_flatten(dict(batch))
-        digest.update(str(spec).encode())
-        for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor):
-                # The repr of an object may hold its address, which differs between ranks.
-                plain = isinstance(leaf, (bool, int, float, str, type(None)))
-                digest.update((repr(leaf) if plain else type(leaf).__name__).encode())
-        found += leaves
-    return found
-
-
-def _shapes(batches: Batches) -> list[list[int]]:
-    leaves = [leaf for batch in batches.common() for leaf in pytree.tree_leaves(dict(batch))]
-    return [list(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)]

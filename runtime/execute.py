@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
 
 from colocc.passes.graph import Graph, Method
 from colocc.runtime.guards import check_modes
-from colocc.runtime.nodes import call
+from colocc.runtime.nodes import call, names_device
 
 Settle = Callable[[Mapping[fx.Node, Any], Exception | None], None]
 
@@ -52,6 +53,7 @@ class Executor:
         self.own = len(self.nodes)
         if settle is not None:
             self.nodes, self.own = _own_first(self.nodes, redistributions)
+        self.runs = {node: self._runs(node) for node in self.nodes}
         self.results = results
         self.samples: int | None = None
         last: dict[fx.Node, fx.Node] = {}
@@ -90,19 +92,30 @@ class Executor:
                 del values[spent]
 
     def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        return self.runs[node](values)
+
+    def _runs(self, node: fx.Node) -> Callable[[Mapping[fx.Node, Any]], Any]:
+        """What makes the value of ``node`` from those that it reads."""
         if node.name in self.redistributions:
-            (source,) = node.all_input_nodes
-            with self.noted("redistribute"):
-                if node.name in self.calls:
-                    return self.calls[node.name](values[source])
-                return self.redistributions[node.name](values[source], samples=self.samples)
+            return partial(self._redistributed, node)
         instead = self.calls.get(node.name)
         if isinstance(node.target, Method):
             instead = self.methods.get(node.target.name)
         if instead is None:
-            return call(node, values, self.model)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        return instead(*args, **kwargs)
+            return partial(call, node, model=self.model, here=names_device(node))
+        return partial(_called, instead, node)
+
+    def _redistributed(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        (source,) = node.all_input_nodes
+        with self.noted("redistribute"):
+            if node.name in self.calls:
+                return self.calls[node.name](values[source])
+            return self.redistributions[node.name](values[source], samples=self.samples)
+
+
+def _called(instead: Callable[..., Any], node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    return instead(*args, **kwargs)
 
 
 def _own_first(

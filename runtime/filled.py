@@ -53,6 +53,7 @@ class Filled:
         self.rows = bubbles.rows(batches)
         self.places = bubbles.places(batches, self.rows, seq_length, train=train)
         # A frozen encoder has no backward, and nothing returns to it.
+        self.trainable = program.trainable()
         self.train, self.learns = train, train and bool(program.trainable_encoders())
         self.encoded: dict[tuple[int, int], torch.Tensor] = {}
         self.leaf: dict[int, torch.Tensor] = {}
@@ -202,7 +203,7 @@ class Filled:
                 self.batches, [(microbatch, piece.start, piece.stop) for piece in mine]
             )
         if self.learns:
-            self.program.check_learns([value])
+            self.program.check_learns([value], self.trainable)
         self._check(value, sum(piece.stop - piece.start for piece in mine))
         self.encoded[microbatch, portion] = value
         self.made[microbatch, portion] = self.lanes.mark()

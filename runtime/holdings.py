@@ -7,6 +7,7 @@ from functools import lru_cache
 from colocc.layout import Layout
 from colocc.passes.graph import Graph
 from colocc.passes.solve.balance import balanced, units_between
+from colocc.passes.solve.boxes import Intervals, distinct
 from colocc.passes.solve.plan import Holding
 from colocc.passes.solve.solver import holdings
 from colocc.runtime.items import Assign
@@ -25,6 +26,20 @@ def _holding(module: tuple[str, Layout], sink: tuple[str, Layout]) -> Holding:
     """Asked several times a microbatch, so solved once."""
     found, _, _ = holdings(module, sink, sink, ("sample",))
     return found
+
+
+def units_held(graph: Graph, module: str) -> tuple[tuple[Intervals, ...], int]:
+    """The units of a step that each rank holds of ``module``, and how many there are."""
+    sink = (graph.sink, graph.layouts[graph.sink])
+    return _units_held((module, graph.layouts[module]), sink)
+
+
+@lru_cache(maxsize=256)
+def _units_held(
+    module: tuple[str, Layout], sink: tuple[str, Layout]
+) -> tuple[tuple[Intervals, ...], int]:
+    holding = _holding(module, sink)
+    return holding.units(), units_in(holding)
 
 
 def units_in(holding: Holding) -> int:
@@ -60,6 +75,19 @@ def sample_runs(holding: Holding, dp: int, microbatches: int, size: int, rank: i
                 runs.append((microbatch, start, start + count))
             position += count
     return runs
+
+
+def deals(graph: Graph, module: str) -> bool:
+    """Whether the samples of ``module`` can lie in one slot or another."""
+    sink = graph.layouts[graph.sink]
+    return module in graph.rows and _has_choice(graph.layouts[module], sink)
+
+
+@lru_cache(maxsize=256)
+def _has_choice(src: Layout, sink: Layout) -> bool:
+    units = units_between(src, sink)
+    pairs, _ = distinct(units.replica, units.slot)
+    return int(pairs.shape[1]) > len(units.block)
 
 
 def assigner(graph: Graph, module: str) -> Assign:

@@ -8,12 +8,13 @@ from datetime import timedelta
 from itertools import islice
 from typing import Any
 
-from colocc.errors import LayoutError
+from colocc.errors import CaptureError, LayoutError
 from colocc.passes.graph import Graph
 from colocc.passes.rows import BatchDims, RowsPerItem
 from colocc.runtime.agreement import Agreement, Check
-from colocc.runtime.data import Batches, fingerprint, outline
+from colocc.runtime.data import Batches
 from colocc.runtime.fields import plain
+from colocc.runtime.fingerprint import fingerprint, outline
 from colocc.runtime.finite import check_finite
 from colocc.runtime.items import Learned
 from colocc.runtime.schedule import Schedule
@@ -66,9 +67,16 @@ class Intake:
         self.learned = Learned({n: item for n, item in templates.items() if item is not None})
         self._compared = False
 
-    def prepare(self, microbatches: list[Mapping[str, Any]], *, encodes: bool = True) -> Batches:
+    def prepare(
+        self,
+        microbatches: list[Mapping[str, Any]],
+        *,
+        encodes: bool = True,
+        in_chunks: bool = False,
+        of: tuple[Batches, range] | None = None,
+    ) -> Batches:
         """The microbatches, cut for this rank; with ``encodes``, the encoders run over them as a
-        whole. Raises: LayoutError, CaptureError."""
+        whole. ``in_chunks`` and ``of`` as in Batches. Raises: LayoutError, CaptureError."""
         return Batches(
             self.graph,
             [plain(batch) for batch in microbatches],
@@ -80,13 +88,41 @@ class Intake:
             balance=self.balance,
             local=self.mine if self.local else None,
             encodes=encodes,
+            in_chunks=in_chunks,
+            of=of,
         )
 
-    def chunks(self, schedule: Schedule, microbatches: list[Mapping[str, Any]]) -> list[Batches]:
-        """The batches that ``schedule`` encodes at once."""
+    def step(self, schedule: Schedule, microbatches: list[Mapping[str, Any]]) -> list[Batches]:
+        """The batches that ``schedule`` encodes at once, and behind them the whole step."""
+        if len(schedule.chunks(len(microbatches))) == 1:
+            (whole,) = self.chunks(schedule, microbatches)
+            return [whole, whole]
+        if self.local:
+            # Of its own samples alone, a rank knows no rows of such a step.
+            chunks = self.chunks(schedule, microbatches)
+            return [*chunks, self.prepare(microbatches, encodes=False)]
+        try:
+            whole = self.prepare(microbatches, in_chunks=True)
+        except (LayoutError, CaptureError):
+            # What is wrong with one chunk is said of it.
+            self.chunks(schedule, microbatches)
+            raise
+        whole.chunks = self.chunks(schedule, microbatches, whole)
+        return [*whole.chunks, whole]
+
+    def chunks(
+        self,
+        schedule: Schedule,
+        microbatches: list[Mapping[str, Any]],
+        step: Batches | None = None,
+    ) -> list[Batches]:
+        """The batches that ``schedule`` encodes at once, of a ``step`` that has checked them."""
         try:
             return [
-                self.prepare([microbatches[index] for index in chunk])
+                self.prepare(
+                    [microbatches[index] for index in chunk],
+                    of=None if step is None else (step, chunk),
+                )
                 for chunk in schedule.chunks(len(microbatches))
             ]
         except LayoutError as problem:

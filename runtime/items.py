@@ -18,6 +18,7 @@ from colocc.passes.items import check_entries, entries_of_items, rows_stated, si
 from colocc.passes.rows import RowsPerItem
 from colocc.passes.shapes import lookup, tensors_of
 from colocc.passes.solve.boxes import Intervals
+from colocc.passes.structure import mapped
 from colocc.runtime.pairing import rows_each
 from colocc.runtime.parts import by_microbatch, in_order
 from colocc.runtime.rows import Ids, Rows, samples_in, units_of
@@ -246,7 +247,8 @@ class ModuleItems:
 
         def narrow(leaf: torch.Tensor) -> torch.Tensor:
             start, stop = entries_of_items(leaf.shape[0], rows, first, last)
-            return leaf.narrow(0, start, stop - start)
+            whole = stop - start == leaf.shape[0]
+            return leaf if whole else leaf.narrow(0, start, stop - start)
 
         return narrowed(value, narrow)
 
@@ -260,7 +262,7 @@ class ModuleItems:
 
 def narrowed(value: Any, cut: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """``value`` with each tensor in it that has a dim cut."""
-    return pytree.tree_map(
+    return mapped(
         lambda leaf: cut(leaf) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf, value
     )
 

@@ -14,10 +14,20 @@ from colocc.passes.shapes import attribute
 from colocc.passes.structure import tensors_in
 
 
-def call(node: fx.Node, values: Mapping[fx.Node, Any], model: nn.Module | None = None) -> Any:
-    """The value of ``node`` from those that it reads. Glue made of inputs needs no ``model``."""
+def call(
+    node: fx.Node,
+    values: Mapping[fx.Node, Any],
+    model: nn.Module | None = None,
+    *,
+    here: bool = True,
+) -> Any:
+    """The value of ``node`` from those that it reads. Glue made of inputs needs no ``model``.
+
+    ``here`` is false of a node that ``names_device`` says no of.
+    """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    args, kwargs = _placed(args, kwargs, model)
+    if here:
+        args, kwargs = _placed(args, kwargs, model)
     target: Any = node.target
     if node.op == "call_method":
         return getattr(args[0], target)(*args[1:], **kwargs)
@@ -28,6 +38,19 @@ def call(node: fx.Node, values: Mapping[fx.Node, Any], model: nn.Module | None =
     assert model is not None, f"{node.name} is a part of the model"
     found = attribute(model, target)
     return found if node.op == "get_attr" else found(*args, **kwargs)
+
+
+def names_device(node: fx.Node) -> bool:
+    """Whether an argument of ``node`` is the device of the rank."""
+    found: list[Here] = []
+
+    def look(value: Any) -> Any:
+        if isinstance(value, Here):
+            found.append(value)
+        return value
+
+    fx.node.map_aggregate((node.args, node.kwargs), look)
+    return bool(found)
 
 
 def _placed(args: Any, kwargs: Any, model: nn.Module | None) -> Any:

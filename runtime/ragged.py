@@ -28,6 +28,9 @@ from colocc.runtime.items import Assign, Learned, ModuleItems, joined, narrowed
 from colocc.runtime.parts import Run
 from colocc.runtime.rows import Ids, Rows, samples_in
 
+Masks = dict[str, list[np.ndarray]]
+"""Of each module, the placeholders in each microbatch: [samples, tokens]."""
+
 
 def on_host(ids: Sequence[torch.Tensor]) -> list[np.ndarray]:
     """The tensors as arrays; one wait for all of them where they are on a device."""
@@ -42,9 +45,7 @@ def on_host(ids: Sequence[torch.Tensor]) -> list[np.ndarray]:
     return [copy.numpy() for copy in copies]
 
 
-def masks_of(
-    places: Mapping[str, Places], microbatches: Sequence[Mapping[str, Any]]
-) -> dict[str, list[np.ndarray]]:
+def masks_of(places: Mapping[str, Places], microbatches: Sequence[Mapping[str, Any]]) -> Masks:
     """Of each module, the placeholders in each microbatch: [samples, tokens]."""
     wanted: dict[Any, list[torch.Tensor]] = {}
     for place in places.values():
@@ -79,20 +80,21 @@ class Ragged:
         assign: Mapping[str, Assign] | None = None,
         own: Mapping[str, tuple[Intervals, int]] | None = None,
         sizes: Sequence[Mapping[Any, int]] | None = None,
+        masks: Masks | None = None,
     ) -> None:
         """``places`` are those of each module; ``replicas`` the reader's dp. ``learned`` is from
         the steps before, and learns from this one. Where sequences are ``packed``, a replica reads
         the samples of a microbatch joined: so positions count. ``assign`` chooses the units of a
         module's samples. ``own`` is given where the inputs hold only the items of this rank: the
         units that it encodes, and how many a step has. ``sizes`` are those that the microbatches of
-        a recorded model have.
+        a recorded model have. ``masks`` are those of ``masks_of``, where they are known.
 
         Raises: LayoutError for items and placeholders that do not match, with the first sample.
         """
         given = rows_per_item or {}
         self.learned = Learned() if learned is None else learned
         self.sizes = [{} for _ in microbatches] if sizes is None else sizes
-        masks = masks_of(places, microbatches)
+        masks = masks_of(places, microbatches) if masks is None else masks
         self.modules = {
             name: ModuleItems(
                 place,

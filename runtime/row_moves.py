@@ -28,6 +28,7 @@ class RowRedistribution:
     """
 
     _cells: Cells | None = None
+    _traffic: tuple[list[_Traffic], list[_Traffic]] | None = None
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class RowRedistribution:
         if "slice" in plan.dims:
             raise LayoutError(f"{name}: rows do not move in slices: leave out ranks_per_node")
         self.plan, self.rank, self.name, self.empty = plan, rank, name, empty
+        self._source = corners_of(plan.src, rank)
         self.forward_steps = _bound(plan.forward, plan.src, groups, rank)
         self.backward_steps = _bound(plan.backward, plan.dst, groups, rank)
 
@@ -51,8 +53,10 @@ class RowRedistribution:
 
     @rows.setter
     def rows(self, rows: Rows) -> None:
-        self._cells = Cells(self.plan, rows)
-        self._held = self._cells.inside(corners_of(self.plan.src, self.rank))
+        if self._cells is not None and self._cells.rows.alike(rows):
+            return
+        self._cells, self._traffic = Cells(self.plan, rows), None
+        self._held = self._cells.inside(self._source)
 
     def counted(self, value: torch.Tensor | None) -> torch.Tensor | None:
         """``value`` if this rank holds so many rows, as ``counted``; without a collective."""
@@ -73,12 +77,12 @@ class RowRedistribution:
         if value is None:
             assert self.empty is not None
             value = self.empty()
-        moved: torch.Tensor = _Move.apply(  # type: ignore[no-untyped-call]
-            value,
-            self,
-            [step.traffic(cells, value.device) for step in self.forward_steps],
-            [step.traffic(cells, value.device) for step in self.backward_steps],
-        )
+        if self._traffic is None:
+            self._traffic = (
+                [step.traffic(cells, value.device) for step in self.forward_steps],
+                [step.traffic(cells, value.device) for step in self.backward_steps],
+            )
+        moved: torch.Tensor = _Move.apply(value, self, *self._traffic)  # type: ignore[no-untyped-call]
         return moved
 
     def move(

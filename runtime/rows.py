@@ -57,6 +57,21 @@ class Rows:
         """The rows of each sample."""
         return np.diff(self.starts)
 
+    def alike(self, other: Rows) -> bool:
+        """Whether both are the same rows of the same samples."""
+        if self.unit is None or other.unit is None:
+            same = self.unit is other.unit
+        else:
+            same = np.array_equal(self.unit, other.unit)
+        return (
+            same
+            and (self.replicas, self.microbatches) == (other.replicas, other.microbatches)
+            and np.array_equal(self.starts, other.starts)
+            and np.array_equal(self.position, other.position)
+            and np.array_equal(self.lengths, other.lengths)
+            and np.array_equal(self.items, other.items)
+        )
+
     def joined(self) -> Rows:
         """The same rows where all samples of a replica's microbatch are one sequence."""
         size = self.samples // (self.replicas * self.microbatches)

@@ -9,9 +9,8 @@ import numpy as np
 from colocc.errors import LayoutError
 from colocc.passes.graph import Graph
 from colocc.passes.solve.balance import loads, units_between
-from colocc.passes.solve.boxes import distinct
 from colocc.runtime.data import Batches
-from colocc.runtime.holdings import assigner, holding_of, sample_runs
+from colocc.runtime.holdings import assigner, deals, holding_of, sample_runs
 from colocc.runtime.parts import in_order
 from colocc.runtime.rows import Ids, samples_in, units_of
 
@@ -42,15 +41,6 @@ def step_samples(
                 pairs = [(index, sample) for index, a, b in runs for sample in range(a, b)]
             found[name] += [(chunk.start + index, sample) for index, sample in pairs]
     return found
-
-
-def deals(graph: Graph, module: str) -> bool:
-    """Whether the samples of ``module`` can lie in one slot or another."""
-    if module not in graph.rows:
-        return False
-    units = units_between(graph.layouts[module], graph.layouts[graph.sink])
-    pairs, _ = distinct(units.replica, units.slot)
-    return int(pairs.shape[1]) > len(units.block)
 
 
 def _counts(

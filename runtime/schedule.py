@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.passes.graph import first_type
+from colocc.passes.structure import mapped
 from colocc.runtime import megatron
 from colocc.runtime.data import Batches
 from colocc.runtime.filled import Filled
@@ -119,11 +120,13 @@ class Encoded:
         def part(tensor: Any) -> Any:
             if not isinstance(tensor, torch.Tensor) or dim is None:
                 return tensor
+            leaf = tensor.detach()
             sizes = counts or [tensor.shape[dim] // count] * count
-            leaf = tensor.detach().narrow(dim, sum(sizes[:index]), sizes[index])
+            if sizes[index] != tensor.shape[dim]:
+                leaf = leaf.narrow(dim, sum(sizes[:index]), sizes[index])
             return leaf.requires_grad_(tensor.requires_grad)
 
-        return pytree.tree_map(part, value)
+        return mapped(part, value)
 
     def backward(self) -> None:
         """From the leaves' gradients to the encoders' parameters, on every rank alike.
@@ -168,6 +171,7 @@ class Chunks:
         force_all_reduce: bool = False,
     ) -> None:
         self.program, self.train, self.force_all_reduce = program, train, force_all_reduce
+        self.trainable = program.trainable()
         self.todo = list(chunks)
         self.encoded: Encoded | None = None
         self.first = self.stop = 0
@@ -198,7 +202,7 @@ class Chunks:
         ):
             encoded.whole = self.program.encode(batches)
             encoded.counts = self.program.crossing.counts()
-            self.program.check_learns(encoded.whole)
+            self.program.check_learns(encoded.whole, self.trainable)
         count = len(batches.microbatches)
         encoded.cut(count)
         self.encoded, self.first, self.stop = encoded, self.stop, self.stop + count
@@ -218,7 +222,7 @@ class Chunks:
         with contextlib.ExitStack() as stack:
             quiet = [
                 module
-                for name, module in self.program.trainable().items()
+                for name, module in self.trainable.items()
                 if name != self.program.graph.sink and (not last or self.program.has_graphs(name))
             ]
             for module in quiet:

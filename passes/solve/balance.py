@@ -71,6 +71,8 @@ def balanced(units: Units, work: Counts, unit: Counts) -> Counts:
 def _deal(units: Units, work: Counts, samples: Counts, unit: Counts) -> None:
     """Deal the ``samples`` of one block, if that helps: it sets their ``unit``."""
     before = loads(units, work[samples], unit[samples])
+    if before.max() == work[samples].max():
+        return  # Some slot has the largest sample.
     total = np.zeros_like(before)
     dealt = np.zeros_like(samples)
     replica = units.replica[unit[samples]]

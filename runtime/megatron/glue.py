@@ -97,6 +97,8 @@ class QuietGlue:
         self.model = model
         self._counts: list[dict[str, int]] = []
         self._at = 0
+        # The input_ids that were looked at last, and where in them text stands.
+        self._text_in: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def methods(self) -> dict[str, Callable[..., Any]]:
         """What stands in for the model's methods of these names; those of a subclass stay."""
@@ -141,13 +143,15 @@ class QuietGlue:
         scatters = getattr(embedding, "scatter_to_sequence_parallel", False)
         if adapter is not None and adapter.cfg.seq_parallel and scatters:
             # Megatron's own refusal.
-            found: torch.Tensor = self.model.get_text_embeddings(
+            refused: torch.Tensor = self.model.get_text_embeddings(
                 input_ids, position_ids, special_token_ids
             )
-            return found
+            return refused
         text = ~_special(input_ids, special_token_ids)
         size = input_ids.numel() - sum(self._counts[self._at].values())
-        rows, places = torch.nonzero_static(text, size=size).unbind(dim=1)
+        found = torch.nonzero_static(text, size=size)
+        self._text_in = input_ids, found
+        rows, places = found.unbind(dim=1)
         if position_ids is not None:
             if position_ids.dim() == 3:
                 position_ids = position_ids[0]
@@ -176,18 +180,25 @@ class QuietGlue:
                     f"Number of {name} tokens ({wanted[name]}) does not match number of {name} "
                     f"embeddings ({len(rows)})"
                 )
-            mask = (
-                ~_special(input_ids, special_token_ids)
-                if name == "text"
-                else input_ids == special_token_ids[name]
-            )
-            found = torch.nonzero_static(mask, size=wanted[name])
-            places.append(found[:, 1] * samples + found[:, 0])
+            found = self._places(name, input_ids, special_token_ids, wanted[name])
+            sample, token = found.unbind(dim=1)
+            places.append(token * samples + sample)
         # The backward of index_copy waits for nothing; that of masked_scatter would.
         values = torch.cat(list(modality_embeddings.values()))
         like = modality_embeddings.get("text", values)
         merged = like.new_zeros((tokens * samples, like.shape[-1]))
         return merged.index_copy_(0, torch.cat(places), values).view(tokens, samples, -1)
+
+    def _places(
+        self, name: str, input_ids: torch.Tensor, special_token_ids: Mapping[str, int], count: int
+    ) -> torch.Tensor:
+        """Where the ``count`` tokens of a modality, or of text, stand. Shape: [count, 2]."""
+        if name != "text":
+            return torch.nonzero_static(input_ids == special_token_ids[name], size=count)
+        known, self._text_in = self._text_in, None
+        if known is not None and known[0] is input_ids:
+            return known[1]
+        return torch.nonzero_static(~_special(input_ids, special_token_ids), size=count)
 
     def _embedding(self) -> Any:
         return unwrapped(self.model.language_model).embedding
@@ -195,7 +206,10 @@ class QuietGlue:
 
 def _special(input_ids: torch.Tensor, special_token_ids: Mapping[str, int]) -> torch.Tensor:
     """Where a placeholder stands, and no text."""
-    found = torch.zeros_like(input_ids, dtype=torch.bool)
-    for token in special_token_ids.values():
+    if not special_token_ids:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    first, *others = special_token_ids.values()
+    found = input_ids == first
+    for token in others:
         found |= input_ids == token
     return found

@@ -4,6 +4,7 @@ compared exactly."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -207,3 +208,20 @@ def test_two_levels_are_refused() -> None:
         pytest.fail("the plan has one level: choose another pair")
     with pytest.raises(LayoutError, match="leave out ranks_per_node"):
         RowRedistribution(plan, {}, 0)
+
+
+def test_rows_are_alike_where_every_part_of_them_is() -> None:
+    rows = rows_of([4, 0, 2, 1], 2, 1)
+    assert rows.alike(rows_of([4, 0, 2, 1], 2, 1))
+    others = [
+        rows_of([4, 0, 1, 2], 2, 1),
+        rows_of([4, 0, 2, 1], 1, 2),
+        replace(rows, position=rows.position + 1),
+        replace(rows, lengths=rows.lengths + 1),
+        replace(rows, items=rows.items[:-1]),
+        replace(rows, unit=np.array([0, 0, 1, 1])),
+    ]
+    assert [rows.alike(other) for other in others] == [False] * len(others)
+    dealt = others[-1]
+    assert dealt.alike(replace(dealt, unit=np.array([0, 0, 1, 1])))
+    assert not dealt.alike(replace(dealt, unit=np.array([0, 1, 1, 1])))

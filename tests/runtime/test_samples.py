@@ -11,7 +11,8 @@ from colocc.errors import LayoutError
 from colocc.layout import Layout
 from colocc.passes.graph import Graph, token_places
 from colocc.runtime.data import Batches
-from colocc.runtime.samples import deals, imbalances, step_samples
+from colocc.runtime.holdings import deals
+from colocc.runtime.samples import imbalances, step_samples
 
 TOKEN, LENGTH = 9, 12
 FAN_IN = {"images": Layout(dp=8), "language": Layout(tp=4, dp=2)}
