@@ -64,12 +64,13 @@ def fill(
     windows = {stages + 1} if apart else set[int]()
     windows |= {min(limit, 2 * stages), limit}
     shares = (1.0, 1.15, inf)
-    found = []
+    found, seen = [], set[Timeline]()
     for policy in itertools.product((False, True), shares, sorted(windows), (False, True)):
         work = _Work(stages, microbatches, portions, Policy(*policy))
         timeline = _OneLane(work, costs).finish()
         # With any share a run always ends: more microbatches are encoded than the pipeline holds.
-        if work.is_done():
+        if work.is_done() and timeline not in seen:
+            seen.add(timeline)
             found.append(_replay(timeline, portions, costs) if apart else timeline)
         if apart and not work.policy.patient:
             work = _Work(stages, microbatches, portions, Policy(*policy))

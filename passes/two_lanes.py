@@ -48,11 +48,16 @@ class Listed:
 
 @dataclass
 class _Lane:
-    """The task that one lane of a stage is at; ``left``: the seconds that it still takes."""
+    """The task that one lane of a stage is at; ``left``: the seconds that it still takes.
+
+    ``needs``: what of its inputs the task that comes ``next`` has been seen to wait for.
+    """
 
     task: Task | None = None
     left: float = 0.0
     start: float = 0.0
+    next: Task | None = None
+    needs: list[tuple[Task, int | None]] = field(default_factory=list)
 
 
 @dataclass
@@ -104,7 +109,7 @@ class TwoLanes:
 
     def _begin(self, stage: int, lane: _Lane, task: Task | None) -> None:
         """Start ``task`` if its inputs are there."""
-        if task is None or not self._ready(task, stage):
+        if task is None or not self._ready(task, stage, lane):
             return
         lane.task, lane.start = task, self.now
         lane.left = self.costs.seconds(task.kind, stage)
@@ -115,11 +120,16 @@ class TwoLanes:
         if task.kind == "encode":
             self.where[task] = stage
 
-    def _ready(self, task: Task, stage: int) -> bool:
-        return all(
-            (need, self.where.get(need) if at is None else at) in self.ended
-            for need, at in inputs(task, stage, len(self.language), self.portions)
-        )
+    def _ready(self, task: Task, stage: int, lane: _Lane) -> bool:
+        if lane.next is not task:
+            lane.next = task
+            lane.needs = inputs(task, stage, len(self.language), self.portions)
+        while lane.needs:
+            need, at = lane.needs[-1]
+            if (need, self.where.get(need) if at is None else at) not in self.ended:
+                return False
+            lane.needs.pop()
+        return True
 
     def _end(self, stage: int, lane: _Lane) -> None:
         task, lane.task = lane.task, None
