@@ -309,6 +309,8 @@ def opened(
     each rank holds its part of the reduced gradients.
     """
     found: dict[str, Arm] = {}
+    # What their layouts or their model fail with is the first one's.
+    note(arms[0])
     kind = family(arms[0])
     case = case.homogeneous(kind) if kind.startswith("homogeneous") else case
     with colocc.process_groups(case.layouts) as groups:

@@ -36,6 +36,16 @@ def test_an_arm_that_fails_is_left_out_and_named(tmp_path: Path) -> None:
     assert len(result["arms"]["three_phase"]["seconds"]) == 1
 
 
+def test_a_model_that_cannot_be_built_is_named_by_its_arm(tmp_path: Path) -> None:
+    arms = ["--arms", "three_phase", "homogeneous@tp3", "homogeneous=lookahead=1"]
+    code = main(["tiny", "--cases", "0", "--out", str(tmp_path), "--steps", "1", *arms])
+    assert code == 0, (tmp_path / "ranks.log").read_text()
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    failed = {name for name, found in result["arms"].items() if "failed" in found}
+    assert failed == {"homogeneous@tp3"}
+    assert "3 ranks" in result["arms"]["homogeneous@tp3"]["failed"]
+
+
 def test_reasons() -> None:
     own = "[rank0]: ValueError: too long"
     peer = "[rank1]: RuntimeError: Connection closed by peer"
