@@ -106,6 +106,7 @@ class Bubbles:
         self._streams = Lanes.streams() if self.needs_care() else None
         self.apart = self._streams is not None
         self._reserved = 0
+        self._ran: set[Any] = set()
         found = first_type(program.cut[0].meta["types"])
         self.dim = found.batch if found is not None and found.batch is not None else 0
         self._rows: dict[Any, Rows] = {}
@@ -209,12 +210,13 @@ class Bubbles:
         """What runs where; the same question has the same answer on every rank.
 
         The first step of its kind loads kernels and takes memory, so its messages are careful; and
-        so are those of a step that must take memory again, because some was given back.
+        so are those of a step that must do so again: on any rank some memory was given back, or
+        modules run or are trained in another way.
         """
         count = len(batches.microbatches)
         key = (count, batches.size, rows.shape, seq_length, train)
         first = key not in self._places
-        careful = first or self._gave_back()
+        careful = self._is_new((key, self._way(train=train))) or first
         for channel in self.channels:
             channel.careful = careful
         if first:
@@ -225,11 +227,30 @@ class Bubbles:
         self.lanes = Lanes(self._streams)
         return self._places[key]
 
-    def _gave_back(self) -> bool:
-        """Whether any rank's GPU holds less memory for torch than after the last step."""
+    def _way(self, *, train: bool) -> tuple[Any, ...]:
+        """How the modules of this rank run: what is trained, and what graphs are captured with."""
+        graphs = self.program.captured.values() if train else ()
+        parts = tuple(
+            (
+                part.training,
+                tuple(
+                    weight.requires_grad
+                    for weight in part._parameters.values()
+                    if weight is not None
+                ),
+            )
+            for part in self.program.model.modules()
+        )
+        return parts, tuple(graph.state() for graph in graphs)
+
+    def _is_new(self, step: Any) -> bool:
+        """Whether any rank has yet to run such a ``step``, or its GPU holds less memory for torch
+        than after the last one; collective."""
         if not self.needs_care():
             return False
-        return self.program.on_any_rank(torch.cuda.memory_reserved() < self._reserved)
+        new = step not in self._ran
+        self._ran.add(step)
+        return self.program.on_any_rank(new or torch.cuda.memory_reserved() < self._reserved)
 
     def ended(self) -> None:
         """A step has run."""

@@ -91,6 +91,14 @@ class CapturedModule:
             return module(*args, **kwargs)
         return free.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
 
+    def state(self) -> tuple[Any, ...] | None:
+        """What graphs of this moment are captured with, None where the module runs without: a step
+        that finds another than before captures."""
+        module = self.find()
+        if self.reason is None:
+            self._look(module, [])
+        return None if self.reason is not None else self._current(self._weights(module))
+
     def captured(self) -> int:
         """How many pairs of graphs there are."""
         return sum(len(pairs) for pairs in self._pairs.values())
@@ -116,13 +124,16 @@ class CapturedModule:
             self._seen = seen = _Weights(module)
         return seen
 
+    def _current(self, weights: _Weights) -> tuple[Any, ...]:
+        state = self._state or weights.state()
+        self._state = state if self._steady else None
+        return state
+
     def _free(
         self, module: nn.Module, weights: _Weights, leaves: list[Any], spec: Any
     ) -> _Pair | None:
         """A pair for these inputs that nothing is under way in; None if there cannot be one."""
-        state = self._state or weights.state()
-        self._state = state if self._steady else None
-        kind = (spec, state, tuple(_kind(leaf) for leaf in leaves))
+        kind = (spec, self._current(weights), tuple(_kind(leaf) for leaf in leaves))
         pairs = self._pairs.setdefault(kind, [])
         if (free := next((pair for pair in pairs if pair.free), None)) is not None:
             return free

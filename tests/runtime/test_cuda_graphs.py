@@ -228,6 +228,7 @@ def test_what_a_graph_was_captured_with_changes(change: str) -> None:
     weight = module.module[0].weight  # type: ignore[index]
     with cpu.ranks(), recorded_graphs():
         call(x).square().sum().backward()
+        state = call.state()
         if change == "moved":
             weight.data = weight.data * 2
         elif change == "gradient moved":
@@ -245,6 +246,9 @@ def test_what_a_graph_was_captured_with_changes(change: str) -> None:
             x, y = x[:3], y[:3]
         for other in module.parameters():
             other.main_grad.zero_()  # type: ignore[attr-defined]
+        # Steps whose messages must not meet a capture are told so in advance.
+        assert state is not None
+        assert (call.state() == state) == (change == "shape")
         made = call(y)
         torch.testing.assert_close(made, module.module(y))
         made.square().sum().backward()
@@ -356,6 +360,7 @@ def test_weights_are_looked_at_once_while_they_are_steady() -> None:
     with cpu.ranks(), recorded_graphs(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_graphs._Weights, "state", counted)
         with call.steady():
+            assert call.state() is not None
             for x in inputs[:3]:
                 call(x).square().sum().backward()
         assert (len(looks), call.captured()) == (1, 1)

@@ -231,6 +231,43 @@ def test_the_first_step_sends_through_the_host(processes: ProcessPool, tuples: A
             torch.testing.assert_close(again, gradient)
 
 
+def changed_on_rank(rank: int, layouts: dict[str, Layout]) -> list[bool]:
+    """Whether messages were careful in steps between which modules change how they run."""
+    with pytest.MonkeyPatch.context() as patch, cpu.ranks():
+        patch.setattr(Bubbles, "needs_care", staticmethod(lambda: True))
+        patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        with colocc.process_groups(layouts) as groups:
+            model: Any = mimo.build(groups, layouts)
+            with colocc.compile(model, layouts, groups=groups, schedule="filled") as program:
+                assert program.bubbles is not None
+                found = []
+
+                def step() -> None:
+                    model.zero_grad_buffer()
+                    program.forward_backward(
+                        batches(3), num_microbatches=3, loss_func=mimo.loss_func
+                    )
+                    assert program.bubbles is not None
+                    found.append({channel.careful for channel in program.bubbles.channels})
+
+                step()
+                step()
+                for learns in (False, True):
+                    model.modality_submodules["images"].requires_grad_(learns)
+                    step()
+                    step()
+                # On one rank alone.
+                model.language_model.train(rank == 0)
+                step()
+                step()
+    return [careful for (careful,) in found]
+
+
+def test_messages_are_careful_where_modules_run_in_another_way(processes: ProcessPool) -> None:
+    wanted = [True, False, True, False, False, False, True, False]
+    assert processes.run(2, partial(changed_on_rank, layouts=layouts_of(*TWO))) == [wanted] * 2
+
+
 def queues_on_rank(rank: int, layouts: dict[str, Layout], given: str | None) -> str:
     with pytest.MonkeyPatch.context() as patch, cpu.ranks():
         patch.setattr(Bubbles, "needs_care", staticmethod(lambda: True))
