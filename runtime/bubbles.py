@@ -206,21 +206,24 @@ class Bubbles:
         result: torch.Tensor = value
         return result
 
-    def places(self, batches: Batches, rows: Rows, seq_length: int, *, train: bool) -> Places:
-        """What runs where; the same question has the same answer on every rank.
+    def places(
+        self, batches: Batches, rows: Rows, seq_length: int, *, train: bool, learns: bool
+    ) -> Places:
+        """What runs where; the same question has the same answer on every rank. ``learns``: the
+        encoder has a backward.
 
         The first step of its kind loads kernels and takes memory, so its messages are careful; and
         so are those of a step that must do so again: on any rank some memory was given back, or
         modules run or are trained in another way.
         """
         count = len(batches.microbatches)
-        key = (count, batches.size, rows.shape, seq_length, train)
+        key = (count, batches.size, rows.shape, seq_length, train, learns)
         first = key not in self._places
         careful = self._is_new((key, self._way(train=train))) or first
         for channel in self.channels:
             channel.careful = careful
         if first:
-            portions, timeline = self._timeline(batches, rows, seq_length)
+            portions, timeline = self._timeline(batches, rows, seq_length, learns=learns)
             mine = [span.task for span in timeline.stages[self.stage]]
             self._places[key] = _places(timeline, mine, self.stage, portions, train=train)
         # The careful step runs on them, too: they take their memory in it.
@@ -257,13 +260,15 @@ class Bubbles:
         if self._streams is not None:
             self._reserved = torch.cuda.memory_reserved()
 
-    def _timeline(self, batches: Batches, rows: Rows, seq_length: int) -> tuple[int, Timeline]:
+    def _timeline(
+        self, batches: Batches, rows: Rows, seq_length: int, *, learns: bool
+    ) -> tuple[int, Timeline]:
         """The number of portions, and the shortest timeline with it."""
         count = len(batches.microbatches)
         choices = self.portions.choices(batches.size) if self.wish is None else [self.wish]
         found = []
         for portions in choices:
-            costs = self._costs(batches, rows, seq_length, portions)
+            costs = self._costs(batches, rows, seq_length, portions, learns=learns)
             timeline = fill(
                 self.sink.pp, count, portions, costs, window=self.window, apart=self.apart
             )
@@ -271,7 +276,9 @@ class Bubbles:
         _, portions, timeline = min(found, key=lambda one: one[:2])
         return portions, timeline
 
-    def _costs(self, batches: Batches, rows: Rows, seq_length: int, portions: int) -> Costs:
+    def _costs(
+        self, batches: Batches, rows: Rows, seq_length: int, portions: int, *, learns: bool
+    ) -> Costs:
         """Of a stage and of a portion, as weights times tokens on one rank."""
         if self._work is None:
             self._work = self._weights()
@@ -282,7 +289,7 @@ class Bubbles:
         fixed = PORTION_TOKENS if self.program.captured else LAUNCHED_TOKENS
         encode = encoder * (samples * rows.shape[rows.dim] + fixed)
         loads = tuple(found / max(stages) for found in stages)
-        return Costs(forward, 2 * forward, encode, 2 * encode, loads)
+        return Costs(forward, 2 * forward, encode, 2 * encode if learns else 0.0, loads)
 
     def _weights(self) -> list[float]:
         """The weights in products of each stage of the language module, and those of the encoder,

@@ -51,10 +51,12 @@ class Filled:
         self.force_all_reduce = force_all_reduce
         megatron.gather_parameters(program.encoder_module)
         self.rows = bubbles.rows(batches)
-        self.places = bubbles.places(batches, self.rows, seq_length, train=train)
         # A frozen encoder has no backward, and nothing returns to it.
         self.trainable = program.trainable()
         self.train, self.learns = train, train and bool(program.trainable_encoders())
+        self.places = bubbles.places(
+            batches, self.rows, seq_length, train=train, learns=self.learns
+        )
         self.encoded: dict[tuple[int, int], torch.Tensor] = {}
         self.leaf: dict[int, torch.Tensor] = {}
         self.kept: dict[tuple[int, Piece], tuple[torch.Tensor, Any]] = {}

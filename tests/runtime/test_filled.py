@@ -1,6 +1,7 @@
 """Covers runtime/filled.py with bubbles.py, lanes.py, channels.py and megatron/pipeline.py: against
 the oracle; what is refused."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 
 import colocc
 from colocc import Layout, LayoutError
-from colocc.runtime import cpu
+from colocc.passes.fill import fill
+from colocc.passes.timeline import Costs, Timeline
+from colocc.runtime import bubbles, cpu
 from colocc.runtime.bubbles import Bubbles
 from tests import mimo
 from tests.harness import ProcessPool
@@ -95,6 +98,39 @@ def test_a_frozen_encoder_gets_no_gradient(processes: ProcessPool) -> None:
         assert found_logs == logs
         for gradient, other in zip(wanted, found, strict=True):
             torch.testing.assert_close(other, gradient)
+
+
+def planned_on_rank(_: int, layouts: dict[str, Layout]) -> list[Costs]:
+    """What plans of a step with a trained, and then with a frozen encoder reckon with."""
+    found = []
+
+    def planned(
+        stages: int, microbatches: int, portions: int, costs: Costs, **options: Any
+    ) -> Timeline:
+        found.append(costs)
+        return fill(stages, microbatches, portions, costs, **options)
+
+    with pytest.MonkeyPatch.context() as patch, cpu.ranks():
+        patch.setattr(bubbles, "fill", planned)
+        with colocc.process_groups(layouts) as groups:
+            model: Any = mimo.build(groups, layouts)
+            with colocc.compile(model, layouts, groups=groups, schedule="filled=1") as program:
+                for learns in (True, False):
+                    model.modality_submodules["images"].requires_grad_(learns)
+                    for _step in range(2):
+                        model.zero_grad_buffer()
+                        program.forward_backward(
+                            batches(3), num_microbatches=3, loss_func=mimo.loss_func
+                        )
+    return found
+
+
+def test_a_plan_reckons_with_the_backward_that_runs(processes: ProcessPool) -> None:
+    one, other = processes.run(2, partial(planned_on_rank, layouts=layouts_of(*TWO)))
+    assert one == other
+    trained, frozen = one
+    assert trained.encode_backward == 2 * trained.encode > 0
+    assert frozen == replace(trained, encode_backward=0.0)
 
 
 def forward_only_on_rank(_: int, layouts: dict[str, Layout], schedule: str) -> list[Any]:
