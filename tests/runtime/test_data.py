@@ -1,4 +1,4 @@
-"""Covers runtime/data.py: which samples a rank reads, by brute force over ids."""
+"""Covers runtime/data.py, by brute force over ids, and runtime/checks.py."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,12 +17,8 @@ from colocc.layout import Layout
 from colocc.passes.graph import Graph
 from colocc.passes.solve.plan import Plan
 from colocc.passes.solve.solver import solve
-from colocc.runtime.data import (
-    Batches,
-    check_batches,
-    check_divides,
-    cut_sequence,
-)
+from colocc.runtime.checks import check_batches, check_divides
+from colocc.runtime.data import Batches, cut_sequence
 from colocc.runtime.holdings import holding_of, sample_runs
 
 ORDERS = ["tp-cp-ep-dp-pp", "tp-cp-pp-dp", "dp-pp-tp"]
