@@ -379,7 +379,8 @@ class Program(Modules, Traced):
             intake.look(found[-1])
         except Exception as problem:  # noqa: BLE001 - agreed on, then raised on every rank
             error = problem
-        intake.agree(None if found is None else found[-1], error)
+        trained = [name for name in self.trainable() if name != self.graph.sink]
+        intake.agree(None if found is None else found[-1], error, trained)
         assert found is not None
         return found
 

@@ -135,8 +135,11 @@ class Intake:
         if self.check == "finite":
             check_finite(batches, self.mine.placeholders())
 
-    def agree(self, batches: Batches | None, error: Exception | None) -> None:
-        """Return if no rank has an ``error`` and all were given the same batch.
+    def agree(
+        self, batches: Batches | None, error: Exception | None, trained: Iterable[str]
+    ) -> None:
+        """Return if no rank has an ``error``, all were given the same batch, and the ``trained``
+        encoders are the same.
 
         The first batch is compared as a whole, later ones by what decides on the collectives:
         names, shapes and the rows of each sample; of local parts always what is whole. Collective,
@@ -147,12 +150,9 @@ class Intake:
                 raise error
             return
         compare = outline if self._compared and not self.local else fingerprint
-        text = "" if batches is None else compare(batches)
-        what = (
-            "the input_ids, which must be global"
-            if self.local
-            else "the batch, which must be global"
-        )
+        text = "" if batches is None else f"{compare(batches)} trained {', '.join(trained)}"
+        given = "the input_ids" if self.local else "the batch"
+        what = f"{given}, which must be global, and the encoders that are trained"
         self.agreement.settle(what, text, error)
         self._compared = True
 

@@ -232,7 +232,8 @@ def fallen(rank: int, program: colocc.Program, given: Mapping[str, Any]) -> str:
 
 
 def test_a_plain_module_s_later_batch_that_is_bad_on_one_rank() -> None:
-    """In each direction: an input of other sizes, one that is no tensor, an encoder that fails."""
+    """In each direction: an input of other sizes, one that is no tensor, an encoder that fails, one
+    that is frozen."""
 
     def main(rank: int) -> tuple[list[str], torch.Tensor]:
         mine = plain.model()
@@ -243,7 +244,9 @@ def test_a_plain_module_s_later_batch_that_is_bad_on_one_rank() -> None:
             if rank == 2:
                 mine.audio = torch.nn.Linear(5, plain.HIDDEN).double()
             said.append(fallen(rank, program, plain.batch()))
-            mine.audio = plain.model().audio
+            mine.audio = plain.model().audio.requires_grad_(rank != 4)
+            said.append(fallen(rank, program, plain.batch()))
+            mine.audio.requires_grad_(True)
             return said, program(**plain.batch(1)).detach()
 
     found = run_threads(8, main)
@@ -254,6 +257,8 @@ def test_a_plain_module_s_later_batch_that_is_bad_on_one_rank() -> None:
     )
     plain.contains(texts[2], "rank 5: clips of microbatch 0 is a list: only a tensor is cut")
     plain.contains(texts[3], "rank 2: mat1 and mat2 shapes cannot be multiplied")
+    plain.contains(texts[4], "the encoders that are trained: rank 0 has", "trained vision, audio; rank 4")
+    plain.contains(texts[4], "trained vision. rank 4 must be given what rank 0 is given")
     whole = plain.model()(**plain.batch(1))
     for rank, (_, output) in enumerate(found):
         wanted = plain.replica(whole, plain.LAYOUTS["decoder"], rank)
