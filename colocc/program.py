@@ -344,11 +344,20 @@ class Program(Modules, Traced):
             return intake.step(self.schedule, take(batches, num_microbatches))
 
         # Graphs and bubbles wait for all weights at once, so these are under way from the start.
-        for name, module in self.trainable().items():
-            if name != self.graph.sink and (self.bubbles is not None or self.has_graphs(name)):
-                megatron.start_gathering(module)
-        with intake.unless_wrong(), self.steady():
-            *chunks, found = self._agreed(prepared)
+        ahead = [
+            self.model.get_submodule(path)
+            for name, path in self.graph.targets.items()
+            if name != self.graph.sink and (self.bubbles is not None or name in self.graphed())
+        ]
+        for module in ahead:
+            megatron.start_gathering(module)
+        with intake.unless_wrong(), self.steady(), self._abandoned(ahead):
+            try:
+                *chunks, found = self._agreed(prepared)
+            finally:
+                # Of a refused batch, too: what comes next may move the weights.
+                for module in ahead:
+                    megatron.gather_parameters(module)
             return run_step(
                 self,
                 found,
@@ -397,16 +406,31 @@ class Program(Modules, Traced):
         """Inside, backward is the last of the step through the encoders with CUDA graphs, which
         start to reduce their gradients where they are complete."""
         calls = Counter(module.name for module in self.captured.values())
+        trainable, order = self.trainable(), self.graphed()
         with contextlib.ExitStack() as stack:
             for module in self.captured.values():
                 # Of two calls, neither knows when the other has made its part.
-                if calls[module.name] == 1:
-                    stack.enter_context(module.last_backward(force_all_reduce=force_all_reduce))
+                if calls[module.name] > 1:
+                    continue
+                # Modules may share a communicator, and on a peer one of them may run without.
+                first = order[: order.index(module.name)]
+                behind = [trainable[name] for name in first if name in trainable]
+                stack.enter_context(module.last_backward(behind, force_all_reduce=force_all_reduce))
             yield
 
-    def has_graphs(self, name: str) -> bool:
-        """Whether the module ``name`` is to run as CUDA graphs."""
-        return any(module.name == name for module in self.captured.values())
+    def graphed(self) -> list[str]:
+        """The modules that are to run as CUDA graphs, in the order of their backwards."""
+        return list(dict.fromkeys(module.name for module in reversed(self.captured.values())))
+
+    @contextlib.contextmanager
+    def _abandoned(self, modules: list[nn.Module]) -> Iterator[None]:
+        """Inside, an error ends the reductions of ``modules`` that are under way."""
+        try:
+            yield
+        except Exception:
+            for module in modules:
+                megatron.abandon_reductions(module)
+            raise
 
     def destroy(self) -> None:
         """Give back the process groups that the program opened."""

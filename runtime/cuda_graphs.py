@@ -47,6 +47,7 @@ class CapturedModule:
         self._steady = False
         self._state: tuple[Any, ...] | None = None
         self._reduce: Callable[[Any], None] | None = None
+        self._behind: Sequence[nn.Module] = ()
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
@@ -59,22 +60,28 @@ class CapturedModule:
             self._steady, self._state = False, None
 
     @contextlib.contextmanager
-    def last_backward(self, *, force_all_reduce: bool) -> Iterator[None]:
+    def last_backward(
+        self, behind: Sequence[nn.Module], *, force_all_reduce: bool
+    ) -> Iterator[None]:
         """Inside, the backward that ends what is under way is the last of the step: behind it
-        gradients are reduced as they are complete, if DDP is to do so."""
+        gradients are reduced as they are complete, if DDP is to do so, and has begun with those of
+        all modules that this one is ``behind``."""
+        self._behind = behind
         self._reduce = functools.partial(
             megatron.start_reduction, force_all_reduce=force_all_reduce
         )
         try:
             yield
         finally:
-            self._reduce = None
+            self._reduce, self._behind = None, ()
 
     def went_back(self, marks: Marks) -> None:
         """A replay of a backward with these ``marks`` has been launched."""
         under_way = sum(not pair.free for pairs in self._pairs.values() for pair in pairs)
-        if self._reduce is not None and under_way == 1:
-            marks.start(self._reduce)
+        if self._reduce is None or under_way != 1:
+            return
+        if all(megatron.has_started_reductions(module) for module in self._behind):
+            marks.start(megatron.reductions(self.find()), self._reduce)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns; without gradients, by running it."""
@@ -82,9 +89,10 @@ class CapturedModule:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if self.reason is None and torch.is_grad_enabled():
             self._look(module, leaves)
+        # Also where it runs as it is: all ranks gather in one order.
+        megatron.gather_parameters(module)
         if self.reason is not None or not torch.is_grad_enabled():
             return module(*args, **kwargs)
-        megatron.gather_parameters(module)
         weights = self._weights(module)
         free = self._free(module, weights, leaves, spec)
         if free is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,30 +28,42 @@ class Marks:
         groups = megatron.reductions(module)
         if groups and not sees_marks(torch.cuda.current_device()):
             groups = []
-        self._groups = groups
-        self._left = [{id(weight) for weight in group.params} for group in groups]
-        self._events: dict[int, torch.cuda.Event] = {}
+        self._of = {id(weight): group for group in groups for weight in group.params}
+        self._left = {group: {id(weight) for weight in group.params} for group in groups}
+        self._streams: dict[Any, torch.cuda.Stream] = {}
+        self._events: dict[Any, torch.cuda.Event] = {}
+        # Groups that no point is the end of. An event in a graph must live as long as the graph.
+        self._endless: dict[Any, torch.cuda.Event | None] = {}
 
     def made(self, weight: nn.Parameter) -> None:
         """Mark this point of the graph that is being captured, if the gradient of ``weight`` was
-        the last of its group."""
-        for place, left in enumerate(self._left):
-            if id(weight) in left:
-                left.remove(id(weight))
-                if not left:
-                    self._events[place] = torch.cuda.Event(external=True)
-                    self._events[place].record()
+        the last of its group.
 
-    def start(self, reduce: Callable[[Any], None]) -> None:
-        """Have each group reduced when the replay that was just launched is at its mark.
+        A backward inside the backward may add to a weight more than once, and a part of the module
+        may run on a stream of its own: such a group has no mark.
+        """
+        group, stream = self._of.get(id(weight)), torch.cuda.current_stream()
+        if group is None:
+            return
+        left = self._left[group]
+        if id(weight) not in left or self._streams.setdefault(group, stream) != stream:
+            self._endless[group] = self._events.pop(group, self._endless.get(group))
+            return
+        left.remove(id(weight))
+        if not left and group not in self._endless:
+            self._events[group] = torch.cuda.Event(external=True)
+            self._events[group].record()
+
+    def start(self, groups: Iterable[Any], reduce: Callable[[Any], None]) -> None:
+        """Have each of ``groups`` reduced when the replay that was just launched is at its mark.
 
         They start in DDP's order, the same on all ranks: behind one that has no mark, none.
         """
-        for place, group in enumerate(self._groups):
-            if place not in self._events:
+        for group in groups:
+            if group not in self._events:
                 return
             beside = _beside(torch.cuda.current_device())
-            beside.wait_event(self._events[place])
+            beside.wait_event(self._events[group])
             with torch.cuda.stream(beside):
                 reduce(group)
 
@@ -78,6 +90,8 @@ def sees_marks(device: int) -> bool:
         value.zero_()
         seen.zero_()
         torch.cuda.synchronize()
+        # The wait is there before the graph begins, as it is where the host is ahead.
+        torch.cuda._sleep(CYCLES)
         graph.replay()
         beside.wait_event(event)
         with torch.cuda.stream(beside):

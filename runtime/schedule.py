@@ -220,10 +220,11 @@ class Chunks:
         if encoded is None or not self.train:
             return
         with contextlib.ExitStack() as stack:
+            names = self.program.graphed() if last else self.trainable
             quiet = [
-                module
-                for name, module in self.trainable.items()
-                if name != self.program.graph.sink and (not last or self.program.has_graphs(name))
+                self.trainable[name]
+                for name in names
+                if name in self.trainable and name != self.program.graph.sink
             ]
             for module in quiet:
                 stack.enter_context(megatron.no_sync(module))

@@ -2,10 +2,12 @@
 
 from colocc.runtime.megatron.engine import (
     Stage,
+    abandon_reductions,
     add_gradient,
     finish_gradients,
     gather_parameters,
     global_tokens,
+    has_started_reductions,
     main_gradient,
     mimo_optimizer,
     no_sync,
@@ -37,6 +39,7 @@ __all__ = [
     "MergeInPart",
     "QuietGlue",
     "Stage",
+    "abandon_reductions",
     "add_gradient",
     "batch_dims_of",
     "check_sequence",
@@ -44,6 +47,7 @@ __all__ = [
     "finish_gradients",
     "gather_parameters",
     "global_tokens",
+    "has_started_reductions",
     "is_mimo",
     "main_gradient",
     "mimo_optimizer",

@@ -206,9 +206,39 @@ def start_reduction(group: Any, *, force_all_reduce: bool) -> None:
 
 def start_reductions(module: Any, *, force_all_reduce: bool) -> None:
     """Start what backward would have with ``overlap_grad_reduce``, had it not run in ``no_sync``
-    or as a CUDA graph."""
+    or as a CUDA graph; once in a step."""
     for group in reductions(module):
         start_reduction(group, force_all_reduce=force_all_reduce)
+    for group in _among_instances(module):
+        # Until DDP has seen a backward, it waits for none and starts them by itself.
+        if not group.is_first_batch and not group.grad_reduce_finished:
+            group.start_grad_sync(force_all_reduce=force_all_reduce)
+
+
+def has_started_reductions(module: Any) -> bool:
+    """Whether all is under way that ``start_reductions`` would start."""
+    return not _among_instances(module) and all(
+        group.grad_reduce_handle is not None or group.grad_reduce_finished
+        for group in reductions(module)
+    )
+
+
+def abandon_reductions(module: Any) -> None:
+    """Let go of what a step that failed has started: DDP would take it for the next step's."""
+    for group in reductions(module):
+        if group.grad_reduce_handle is not None:
+            group.grad_reduce_handle.wait()
+            group.grad_reduce_handle = None
+
+
+def _among_instances(module: Any) -> list[Any]:
+    """The groups of buckets that are reduced among several instances of the optimizer beside the
+    backward."""
+    if not is_ddp(module) or not module.ddp_config.overlap_grad_reduce:
+        return []
+    if module.ddp_config.num_distributed_optimizer_instances == 1:
+        return []
+    return list(module.bucket_groups + module.expert_parallel_bucket_groups)
 
 
 def finish_gradients(

@@ -263,91 +263,6 @@ def test_what_a_graph_was_captured_with_changes(change: str) -> None:
         close(found, expected)
 
 
-class Bucket:
-    """A stand-in for a group of DDP's buckets: notes what it is to reduce."""
-
-    grad_reduce_finished = False
-
-    def __init__(self, name: str, params: list[Any], started: list[str]) -> None:
-        self.name, self.params, self.started = name, params, started
-        self.grad_reduce_handle: str | None = None
-
-    def start_grad_sync(self, *, force_all_reduce: bool) -> None:
-        assert force_all_reduce
-        assert self.grad_reduce_handle is None
-        self.grad_reduce_handle = self.name
-        self.started.append(self.name)
-
-
-def bucketed(module: Held, started: list[str]) -> list[Bucket]:
-    """The weights of the last layer, then those of the first: the order of a backward."""
-    layers: Any = module.module
-    found = [
-        Bucket(name, list(layers[place].parameters()), started)
-        for name, place in (("last", 2), ("first", 0))
-    ]
-    module.bucket_groups, module.expert_parallel_bucket_groups = found, []  # type: ignore[assignment]
-    settings = {"overlap_grad_reduce": True, "num_distributed_optimizer_instances": 1}
-    module.ddp_config = type("Config", (), {"overlap_param_gather": False} | settings)
-    return found
-
-
-def test_buckets_are_reduced_where_they_are_complete() -> None:
-    module, started, seen = Held(plain()), list[str](), list[list[torch.Tensor]]()
-    buckets, inputs = bucketed(module, started), xs(2)
-    call = captured(module)
-
-    def watch(mark: Mark) -> None:
-        seen.append([p.main_grad.clone() for p in module.parameters()])  # type: ignore[attr-defined]
-
-    with cpu.ranks(), recorded_graphs(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Mark, "watch", staticmethod(watch))
-        one, other = (call(x).square().sum() for x in inputs)
-        one.backward()
-        # Not the last of the step.
-        assert (started, len(seen)) == ([], 2)
-        with call.last_backward(force_all_reduce=True):
-            third = call(inputs[0]).square().sum()
-            third.backward()
-            # Another is under way, which adds to the same gradients.
-            assert started == []
-            seen.clear()
-            other.backward()
-        assert started == ["last", "first"]
-        found = gradients(module)
-    close(found, wanted(module.module, [*inputs, inputs[0]]))
-    first, last = seen
-    names = [name for name, _ in module.named_parameters()]
-    for name, there in zip(names, first, strict=True):
-        # At the first mark the last layer is complete, and the first has yet to come.
-        assert torch.equal(there, found[name]) == name.startswith("module.2"), name
-    assert all(torch.equal(there, found[name]) for name, there in zip(names, last, strict=True))
-    assert [bucket.grad_reduce_handle for bucket in buckets] == ["last", "first"]
-
-
-def test_a_bucket_that_no_graph_completes_holds_back_those_behind_it() -> None:
-    module, started = Held(plain()), list[str]()
-    bucketed(module, started)
-    module.module[2].bias.requires_grad_(False)  # type: ignore[index]
-    call, (x,) = captured(module), xs(1)
-    with cpu.ranks(), recorded_graphs(), call.last_backward(force_all_reduce=True):
-        call(x).square().sum().backward()
-        assert started == []
-        megatron.start_reductions(module, force_all_reduce=True)
-    assert started == ["last", "first"]
-
-
-def test_of_several_instances_of_the_optimizer_none_is_started_early() -> None:
-    module, started = Held(plain()), list[str]()
-    bucketed(module, started)
-    module.ddp_config.num_distributed_optimizer_instances = 2
-    call, (x,) = captured(module), xs(1)
-    with cpu.ranks(), recorded_graphs(), call.last_backward(force_all_reduce=True):
-        call(x).square().sum().backward()
-        megatron.start_reductions(module, force_all_reduce=True)
-    assert started == []
-
-
 def test_weights_are_looked_at_once_while_they_are_steady() -> None:
     module = Held(plain())
     call, inputs, looks = captured(module), xs(4), []
@@ -465,12 +380,12 @@ def steps_on_rank(
     early = []
     start = marks.Marks.start
 
-    def noted(self: marks.Marks, reduce: Callable[[Any], None]) -> None:
+    def noted(self: marks.Marks, groups: list[Any], reduce: Callable[[Any], None]) -> None:
         def counted(group: Any) -> None:
             early.append(group)
             reduce(group)
 
-        start(self, counted)
+        start(self, groups, counted)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(cpu.ranks())
