@@ -257,8 +257,10 @@ def test_a_plain_module_s_later_batch_that_is_bad_on_one_rank() -> None:
     )
     plain.contains(texts[2], "rank 5: clips of microbatch 0 is a list: only a tensor is cut")
     plain.contains(texts[3], "rank 2: mat1 and mat2 shapes cannot be multiplied")
-    plain.contains(texts[4], "the encoders that are trained: rank 0 has", "trained vision, audio; rank 4")
-    plain.contains(texts[4], "trained vision. rank 4 must be given what rank 0 is given")
+    plain.contains(
+        *(texts[4], "the encoders that are trained: rank 0 has", "trained vision, audio; rank 4"),
+        "trained vision. rank 4 must be given what rank 0 is given",
+    )
     whole = plain.model()(**plain.batch(1))
     for rank, (_, output) in enumerate(found):
         wanted = plain.replica(whole, plain.LAYOUTS["decoder"], rank)
