@@ -124,8 +124,10 @@ def run(
             found.gradients = {name: value.cpu() for name, value in found.gradients.items()}
             runs.append(found)
         if cuda_graphs:
-            assert [module.reason for module in program.captured.values()] == [None]
-            assert all(module.captured() for module in program.captured.values())
+            assert len(program.captured) == len(encoders(layouts))
+            for module in program.captured.values():
+                assert module.reason is None
+                assert module.captured()
         return runs
 
 
@@ -216,6 +218,20 @@ def test_buckets_that_are_reduced_beside_the_last_backward(
     check(
         *(reference, layouts, (pp + 1, 6, 6, pp + 1), torch.float32, schedule),
         cuda_graphs=cuda_graphs,
+        **options,
+    )
+
+
+def test_two_encoders_whose_reductions_share_a_communicator(
+    reference: Oracle, keep_open: Keep
+) -> None:
+    apart = Layout(dp=WORLD)
+    layouts = {"images": apart, "audio": apart, "language": Layout(tp=2, dp=WORLD // 2)}
+    keep_open(layouts)
+    options: dict[str, Any] = {"overlap": True, "bucket_size": 100}
+    check(
+        *(reference, layouts, (2, 6, 6, 2), torch.float32, "three_phase"),
+        cuda_graphs=True,
         **options,
     )
 
