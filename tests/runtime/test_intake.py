@@ -14,6 +14,7 @@ import torch.distributed as dist
 import colocc
 from colocc import Layout, LayoutError
 from colocc.runtime import cpu
+from colocc.runtime import ragged as runtime_ragged
 from colocc.runtime.intake import take
 from colocc.testing import Run, observed
 from tests import mimo, plain, ragged
@@ -319,3 +320,37 @@ def test_a_check_that_is_not_known() -> None:
 def test_what_is_no_list_of_microbatches(given: Any, count: int, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         take(given, count)
+
+
+def looks_on_rank(_: int, schedule: str) -> list[int]:
+    """How many times a step copies input_ids to the host, in each of two steps."""
+    layouts = {"images": Layout(dp=2), "language": Layout(tp=2)}
+    looks: list[int] = []
+    on_host = runtime_ragged.on_host
+
+    def counted(ids: Any) -> Any:
+        looks[-1] += 1
+        return on_host(ids)
+
+    with (
+        cpu.ranks(),
+        colocc.process_groups(layouts) as groups,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(runtime_ragged, "on_host", counted)
+        model = mimo.build(groups, layouts)
+        with colocc.compile(model, layouts, groups=groups, schedule=schedule) as program:
+            for step in range(2):
+                looks.append(0)
+                model.zero_grad_buffer()
+                program.forward_backward(
+                    [mimo.batch(8, seed=3 * step + index) for index in range(3)],
+                    num_microbatches=3,
+                    loss_func=mimo.loss_func,
+                )
+    return looks
+
+
+@pytest.mark.parametrize("schedule", ["lookahead=1", "lookahead=2", "three_phase"])
+def test_a_step_is_looked_at_once(processes: ProcessPool, schedule: str) -> None:
+    assert processes.run(2, partial(looks_on_rank, schedule=schedule)) == [[1, 1], [1, 1]]
