@@ -71,12 +71,14 @@ def reference_on_rank(_: int) -> dict[str, Run]:
         }
 
 
-def steps_on_rank(_: int, layouts: Mapping[str, Layout]) -> dict[str, Run]:
+def steps_on_rank(_: int, layouts: Mapping[str, Layout], schedule: str) -> dict[str, Run]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(cpu.ranks())
         groups = stack.enter_context(colocc.process_groups(layouts))
         model = mimo.build(groups, layouts, sequence_parallel=layouts["language"].sp)
-        program = stack.enter_context(colocc.compile(model, layouts, groups=groups))
+        program = stack.enter_context(
+            colocc.compile(model, layouts, groups=groups, schedule=schedule)
+        )
         runs = {}
         for name, stream in STREAMS.items():
             seen: list[torch.Tensor] = []
@@ -98,12 +100,16 @@ def reference(processes: ProcessPool) -> dict[str, Run]:
     return processes.run(1, reference_on_rank)[0]
 
 
-@pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.mark.parametrize(
+    ("layouts", "schedule"),
+    [(name, "three_phase") for name in LAYOUTS]
+    + [("fan_in", "lookahead=1"), ("fan_out", "lookahead=2"), ("cp2 tp2 sp", "lookahead=1")],
+)
 def test_ragged_batches_equal_the_oracle(
-    processes: ProcessPool, reference: dict[str, Run], layouts: dict[str, Layout]
+    processes: ProcessPool, reference: dict[str, Run], layouts: str, schedule: str
 ) -> None:
-    language = layouts["language"]
-    work = partial(steps_on_rank, layouts=layouts)
+    language = LAYOUTS[layouts]["language"]
+    work = partial(steps_on_rank, layouts=LAYOUTS[layouts], schedule=schedule)
     ranks = processes.run(8, work, detail=language.pp > 1)
     for name, stream in STREAMS.items():
         wanted, seen = reference[name], [rank[name] for rank in ranks]
