@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
@@ -26,6 +25,7 @@ from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check
 from colocc.runtime.bubbles import Bubbles
+from colocc.runtime.captured import Captured
 from colocc.runtime.crossing import Crossing
 from colocc.runtime.cuda_graphs import CapturedModule
 from colocc.runtime.data import Batches
@@ -69,7 +69,7 @@ class Program(Modules, Traced):
         cuda_graphs: bool = False,
     ) -> None:
         # By the node that calls the module.
-        self.captured: dict[str, CapturedModule] = {}
+        self.captured = Captured()
         self._cuda_graphs = cuda_graphs
         self.balance, self._local = balance and schedule.kind != "filled", local
         super().__init__(model, graph, groups)
@@ -313,7 +313,7 @@ class Program(Modules, Traced):
         with intake.unless_wrong():
             (batches,) = self._agreed(lambda: [intake.prepare([batch])])
             self.look_ahead(batches)
-            with self.steady():
+            with self.captured.steady():
                 return self.language(batches, 0, self.encode(batches))
 
     def forward_backward(
@@ -344,14 +344,15 @@ class Program(Modules, Traced):
             return intake.step(self.schedule, take(batches, num_microbatches))
 
         # Graphs and bubbles wait for all weights at once, so these are under way from the start.
+        at_once = self.graph.targets if self.bubbles is not None else self.captured.names()
         ahead = [
             self.model.get_submodule(path)
             for name, path in self.graph.targets.items()
-            if name != self.graph.sink and (self.bubbles is not None or name in self.graphed())
+            if name != self.graph.sink and name in at_once
         ]
         for module in ahead:
             megatron.start_gathering(module)
-        with intake.unless_wrong(), self.steady(), self._abandoned(ahead):
+        with intake.unless_wrong(), self.captured.steady(), self._abandoned(ahead):
             try:
                 *chunks, found = self._agreed(prepared)
             finally:
@@ -392,35 +393,6 @@ class Program(Modules, Traced):
         intake.agree(None if found is None else found[-1], error, trained)
         assert found is not None
         return found
-
-    @contextlib.contextmanager
-    def steady(self) -> Iterator[None]:
-        """Inside, nobody moves or freezes the weights of an encoder, or changes how it runs."""
-        with contextlib.ExitStack() as stack:
-            for module in self.captured.values():
-                stack.enter_context(module.steady())
-            yield
-
-    @contextlib.contextmanager
-    def last_backward(self, force_all_reduce: bool) -> Iterator[None]:
-        """Inside, backward is the last of the step through the encoders with CUDA graphs, which
-        start to reduce their gradients where they are complete."""
-        calls = Counter(module.name for module in self.captured.values())
-        trainable, order = self.trainable(), self.graphed()
-        with contextlib.ExitStack() as stack:
-            for module in self.captured.values():
-                # Of two calls, neither knows when the other has made its part.
-                if calls[module.name] > 1:
-                    continue
-                # Modules may share a communicator, and on a peer one of them may run without.
-                first = order[: order.index(module.name)]
-                behind = [trainable[name] for name in first if name in trainable]
-                stack.enter_context(module.last_backward(behind, force_all_reduce=force_all_reduce))
-            yield
-
-    def graphed(self) -> list[str]:
-        """The modules that are to run as CUDA graphs, in the order of their backwards."""
-        return list(dict.fromkeys(module.name for module in reversed(self.captured.values())))
 
     @contextlib.contextmanager
     def _abandoned(self, modules: list[nn.Module]) -> Iterator[None]:

@@ -219,7 +219,7 @@ class Bubbles:
         count = len(batches.microbatches)
         key = (count, batches.size, rows.shape, seq_length, train, learns)
         first = key not in self._places
-        careful = self._is_new((key, self._way(train=train))) or first
+        careful = self._is_new(key, train=train) or first
         for channel in self.channels:
             channel.careful = careful
         if first:
@@ -246,11 +246,12 @@ class Bubbles:
         )
         return parts, tuple(graph.state() for graph in graphs)
 
-    def _is_new(self, step: Any) -> bool:
-        """Whether any rank has yet to run such a ``step``, or its GPU holds less memory for torch
-        than after the last one; collective."""
+    def _is_new(self, key: Any, *, train: bool) -> bool:
+        """Whether any rank has yet to run such a step in this way, or its GPU holds less memory for
+        torch than after the last one; collective."""
         if not self.needs_care():
             return False
+        step = key, self._way(train=train)
         new = step not in self._ran
         self._ran.add(step)
         return self.program.on_any_rank(new or torch.cuda.memory_reserved() < self._reserved)

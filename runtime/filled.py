@@ -51,8 +51,8 @@ class Filled:
         self.force_all_reduce = force_all_reduce
         megatron.gather_parameters(program.encoder_module)
         self.rows = bubbles.rows(batches)
-        # A frozen encoder has no backward, and nothing returns to it.
         self.trainable = program.trainable()
+        # A frozen encoder has no backward, and nothing returns to it.
         self.train, self.learns = train, train and bool(program.trainable_encoders())
         self.places = bubbles.places(
             batches, self.rows, seq_length, train=train, learns=self.learns
@@ -268,7 +268,11 @@ class Filled:
         with contextlib.ExitStack() as stack:
             stack.enter_context(megatron.no_sync(self.program.encoder_module))
             if last:
-                stack.enter_context(self.program.last_backward(self.force_all_reduce))
+                stack.enter_context(
+                    self.program.captured.last_backward(
+                        self.trainable, force_all_reduce=self.force_all_reduce
+                    )
+                )
             stack.enter_context(self.program.noted("encode_backward", microbatch))
             torch.autograd.backward(value, gradient * scale if scale != 1 else gradient)
 

@@ -28,8 +28,8 @@ class Marks:
         groups = megatron.reductions(module)
         if groups and not sees_marks(torch.cuda.current_device()):
             groups = []
-        self._of = {id(weight): group for group in groups for weight in group.params}
-        self._left = {group: {id(weight) for weight in group.params} for group in groups}
+        self._of = {id(weight): group for group in groups for weight in megatron.weights_of(group)}
+        self._left = {group: {id(w) for w in megatron.weights_of(group)} for group in groups}
         self._streams: dict[Any, torch.cuda.Stream] = {}
         self._events: dict[Any, torch.cuda.Event] = {}
         # Groups that no point is the end of. An event in a graph must live as long as the graph.

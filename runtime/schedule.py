@@ -220,7 +220,7 @@ class Chunks:
         if encoded is None or not self.train:
             return
         with contextlib.ExitStack() as stack:
-            names = self.program.graphed() if last else self.trainable
+            names = self.program.captured.names() if last else self.trainable
             quiet = [
                 self.trainable[name]
                 for name in names
@@ -229,7 +229,11 @@ class Chunks:
             for module in quiet:
                 stack.enter_context(megatron.no_sync(module))
             if last:
-                stack.enter_context(self.program.last_backward(self.force_all_reduce))
+                stack.enter_context(
+                    self.program.captured.last_backward(
+                        self.trainable, force_all_reduce=self.force_all_reduce
+                    )
+                )
             stack.enter_context(self.program.noted("encode_backward"))
             encoded.backward()
         # A replayed backward tells DDP nothing: what it would have started, start here; all ranks

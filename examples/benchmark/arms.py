@@ -280,7 +280,7 @@ class EncoderOnly(_Part):
         super().__init__(shared, "images", at_once, "three_phase" + "+graphs" * graphs)
 
     def forward_backward(self) -> list[Any]:
-        with self.program.steady():
+        with self.program.captured.steady():
             chunks = Chunks(self.program, self.chunks, train=True)
             for _ in self.chunks:
                 chunks.turn()

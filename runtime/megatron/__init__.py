@@ -23,6 +23,7 @@ from colocc.runtime.megatron.engine import (
     uncapturable,
     unwrapped,
     weights_in_products,
+    weights_of,
 )
 from colocc.runtime.megatron.glue import MergeInPart, QuietGlue
 from colocc.runtime.megatron.mimo import (
@@ -67,4 +68,5 @@ __all__ = [
     "uncapturable",
     "unwrapped",
     "weights_in_products",
+    "weights_of",
 ]

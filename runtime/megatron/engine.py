@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -189,11 +189,23 @@ def gather_parameters(module: Any) -> None:
 def reductions(module: Any) -> list[Any]:
     """The groups of buckets whose gradients DDP reduces together, as soon as they are complete;
     empty if it reduces none before all are."""
-    if not is_ddp(module):
-        return []
-    settings = module.ddp_config
     # Of reductions among instances it keeps no handle, by which to tell that one has started.
-    if not settings.overlap_grad_reduce or settings.num_distributed_optimizer_instances > 1:
+    return _overlapped(module, among_instances=False)
+
+
+def weights_of(group: Any) -> Iterable[nn.Parameter]:
+    """The parameters whose gradients are in one of ``reductions``."""
+    found: Iterable[nn.Parameter] = group.params
+    return found
+
+
+def _overlapped(module: Any, *, among_instances: bool) -> list[Any]:
+    """The groups of buckets that are reduced beside the backward, if that is among several
+    instances of the optimizer or not, as asked."""
+    if not is_ddp(module) or not module.ddp_config.overlap_grad_reduce:
+        return []
+    several = module.ddp_config.num_distributed_optimizer_instances > 1
+    if several != among_instances:
         return []
     return list(module.bucket_groups + module.expert_parallel_bucket_groups)
 
@@ -209,7 +221,7 @@ def start_reductions(module: Any, *, force_all_reduce: bool) -> None:
     or as a CUDA graph; once in a step."""
     for group in reductions(module):
         start_reduction(group, force_all_reduce=force_all_reduce)
-    for group in _among_instances(module):
+    for group in _overlapped(module, among_instances=True):
         # Until DDP has seen a backward, it waits for none and starts them by itself.
         if not group.is_first_batch and not group.grad_reduce_finished:
             group.start_grad_sync(force_all_reduce=force_all_reduce)
@@ -217,7 +229,7 @@ def start_reductions(module: Any, *, force_all_reduce: bool) -> None:
 
 def has_started_reductions(module: Any) -> bool:
     """Whether all is under way that ``start_reductions`` would start."""
-    return not _among_instances(module) and all(
+    return not _overlapped(module, among_instances=True) and all(
         group.grad_reduce_handle is not None or group.grad_reduce_finished
         for group in reductions(module)
     )
@@ -229,16 +241,6 @@ def abandon_reductions(module: Any) -> None:
         if group.grad_reduce_handle is not None:
             group.grad_reduce_handle.wait()
             group.grad_reduce_handle = None
-
-
-def _among_instances(module: Any) -> list[Any]:
-    """The groups of buckets that are reduced among several instances of the optimizer beside the
-    backward."""
-    if not is_ddp(module) or not module.ddp_config.overlap_grad_reduce:
-        return []
-    if module.ddp_config.num_distributed_optimizer_instances == 1:
-        return []
-    return list(module.bucket_groups + module.expert_parallel_bucket_groups)
 
 
 def finish_gradients(

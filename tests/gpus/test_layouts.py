@@ -52,6 +52,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 WORLD = int(os.environ.get("WORLD_SIZE", "8"))
 HERE = TUPLES if WORLD == 8 else FEWER.get(WORLD, [])
+# DDP's options for many small buckets, reduced beside the backward.
+BUCKETS: dict[str, Any] = {"overlap": True, "bucket_size": 100}
 Keep = Callable[[dict[str, Layout]], None]
 # Half a percent of rounding in each of a few dozen matrix products; what a factor of two, a swapped
 # sample or a lost microbatch does is above one half.
@@ -214,11 +216,9 @@ def test_buckets_that_are_reduced_beside_the_last_backward(
         pytest.skip("lookahead is for pp1, filled for pipelines")
     layouts = layouts_of(encoder, language, ORDERS[0])
     keep_open(layouts)
-    options: dict[str, Any] = {"overlap": True, "bucket_size": 100}
+    counts = (pp + 1, 6, 6, pp + 1)
     check(
-        *(reference, layouts, (pp + 1, 6, 6, pp + 1), torch.float32, schedule),
-        cuda_graphs=cuda_graphs,
-        **options,
+        *(reference, layouts, counts, torch.float32, schedule), cuda_graphs=cuda_graphs, **BUCKETS
     )
 
 
@@ -228,12 +228,8 @@ def test_two_encoders_whose_reductions_share_a_communicator(
     apart = Layout(dp=WORLD)
     layouts = {"images": apart, "audio": apart, "language": Layout(tp=2, dp=WORLD // 2)}
     keep_open(layouts)
-    options: dict[str, Any] = {"overlap": True, "bucket_size": 100}
-    check(
-        *(reference, layouts, (2, 6, 6, 2), torch.float32, "three_phase"),
-        cuda_graphs=True,
-        **options,
-    )
+    counts = (2, 6, 6, 2)
+    check(*(reference, layouts, counts, torch.float32, "three_phase"), cuda_graphs=True, **BUCKETS)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -1,156 +1,25 @@
 """Covers runtime/cuda_graphs.py: pairs and their leases with recorded operations in place of CUDA's
 graphs, and every reason to run without. On real graphs: tests/gpus."""
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import colocc
-from colocc import Layout
-from colocc.runtime import cpu, cuda_graphs, marks, megatron
-from colocc.runtime.cuda_graphs import KINDS, CapturedModule
-from tests import mimo
-from tests.harness import ProcessPool
-from tests.runtime.megatron.test_engine import train_on_rank
-
-SMALL = {"images": Layout(dp=2), "language": Layout(tp=2)}
-
-
-class Recorded(TorchDispatchMode):
-    """Operations on fixed tensors, run again by ``replay``: what a CUDA graph is."""
-
-    current: "Recorded"
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, made))
-        return made
-
-    def __enter__(self) -> "Recorded":
-        Recorded.current = self
-        return super().__enter__()  # type: ignore[no-untyped-call, no-any-return]
-
-    def replay(self) -> None:
-        with torch.no_grad():
-            for func, args, kwargs, made in self.calls:
-                if isinstance(func, Mark):
-                    func.reached()
-                    continue
-                olds = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
-                inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-                places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-                news = tree_leaves(func(*args, **kwargs))
-                news = [leaf for leaf in news if isinstance(leaf, torch.Tensor)]
-                for old, new in zip(olds, news, strict=True):
-                    # A view, or a tensor changed in place, is where it was.
-                    if old.numel() and old.untyped_storage().data_ptr() not in places:
-                        old.copy_(new)
-
-
-class Mark:
-    """An event inside a graph: ``watch`` is called when a replay is there."""
-
-    watch: Callable[["Mark"], None] = staticmethod(lambda mark: None)
-
-    def __init__(self, *, external: bool = False) -> None:
-        assert external
-
-    def record(self) -> None:
-        Recorded.current.calls.append((self, None, None, None))
-
-    def reached(self) -> None:
-        Mark.watch(self)
-
-
-@contextlib.contextmanager
-def recorded_graphs() -> Iterator[None]:
-    """Inside, graphs are recorded operations, and the CPU is as good as a GPU."""
-
-    def look(self: CapturedModule, module: nn.Module, leaves: list[Any]) -> None:
-        reason = megatron.uncapturable(module)
-        if reason is not None:
-            self._give_up(reason)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "CUDAGraph", Recorded)
-        patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-        patch.setattr(torch.cuda, "Event", Mark)
-        patch.setattr(marks, "sees_marks", lambda device: True)
-        patch.setattr(marks, "_beside", lambda device: torch.cuda.Stream())
-        patch.setattr(cuda_graphs, "_capturing", lambda graph, pool, stream: graph)
-        patch.setattr(cuda_graphs, "_stream", lambda device: torch.cuda.Stream())
-        patch.setattr(CapturedModule, "_look", look)
-        yield
-
-
-class Held(nn.Module):
-    """A stand-in for a module in Megatron's DDP: gradients are added to main_grad."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        for weight in module.parameters():
-            weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
-            weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-    def finish_grad_sync(self) -> None:
-        raise AssertionError("nothing is reduced here")
-
-    scale_gradients = finish_grad_sync
-    ddp_config: Any = type(
-        "Config", (), {"overlap_param_gather": False, "overlap_grad_reduce": False}
-    )
-
-
-def plain() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)).double()
-
-
-def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: megatron.main_gradient(weight).clone() for name, weight in module.named_parameters()
-    }
-
-
-def wanted(module: nn.Module, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The sum of the gradients of every input's own squared outputs, without graphs."""
-    module.zero_grad()
-    for x in inputs:
-        module(x).square().sum().backward()
-    found = {f"module.{name}": weight.grad.clone() for name, weight in module.named_parameters()}  # type: ignore[union-attr]
-    module.zero_grad()
-    return found
-
-
-def close(found: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == other.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, other[name], rtol=1e-12, atol=1e-12)
-
-
-def captured(module: nn.Module) -> CapturedModule:
-    return CapturedModule("images", Layout(), lambda: module)
-
-
-def xs(count: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(count)]
+from colocc.runtime import cpu, cuda_graphs, megatron
+from colocc.runtime.cuda_graphs import KINDS
+from tests.runtime.recorded import (
+    Held,
+    captured,
+    close,
+    gradients,
+    plain,
+    recorded_graphs,
+    wanted,
+    xs,
+)
 
 
 def test_as_many_pairs_as_are_under_way() -> None:
@@ -368,113 +237,3 @@ def test_a_setting_that_is_replaced_is_seen() -> None:
     assert megatron.uncapturable(module) is None
     part.config = type("Config", (), {"hidden_dropout": 0.5})
     assert megatron.uncapturable(module) == "it drops out at random"
-
-
-# ---------------------------------------------------------------- the whole step
-
-
-def steps_on_rank(
-    _: int, layouts: dict[str, Layout], schedule: str, graphs: str, overlap: bool
-) -> tuple[list[Any], dict[str, torch.Tensor], int]:
-    """Two steps of three microbatches: logs, gradients, how many pairs were captured."""
-    early = []
-    start = marks.Marks.start
-
-    def noted(self: marks.Marks, groups: list[Any], reduce: Callable[[Any], None]) -> None:
-        def counted(group: Any) -> None:
-            early.append(group)
-            reduce(group)
-
-        start(self, groups, counted)
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(cpu.ranks())
-        groups = stack.enter_context(colocc.process_groups(layouts))
-        model = mimo.build(groups, layouts, overlap=overlap, bucket_size=100 if overlap else None)
-        stack.enter_context(pytest.MonkeyPatch.context()).setattr(marks.Marks, "start", noted)
-        program = stack.enter_context(
-            colocc.compile(
-                model, layouts, groups=groups, schedule=schedule, cuda_graphs=graphs != "off"
-            )
-        )
-        if graphs == "recorded":
-            stack.enter_context(recorded_graphs())
-        logs = []
-        for step in range(2):
-            model.zero_grad_buffer()
-            with warnings.catch_warnings():
-                if graphs == "refused":
-                    warnings.simplefilter("ignore", UserWarning)
-                logs += program.forward_backward(
-                    [mimo.batch(8, seed=3 * step + index) for index in range(3)],
-                    num_microbatches=3,
-                    loss_func=mimo.loss_func,
-                    force_all_reduce=True,
-                )
-        found = {
-            f"{owner}.{name}": megatron.main_gradient(weight).clone()
-            for owner, module in program.trainable().items()
-            for name, weight in module.named_parameters()
-        }
-        encoder: Any = model.modality_submodules["images"]
-        buckets = len(encoder.bucket_groups)
-        assert buckets > 2 or not overlap
-        assert len(early) == (2 * buckets if overlap and graphs == "recorded" else 0)
-        if graphs == "refused":
-            assert [call.reason for call in program.captured.values()] == ["there is no GPU"]
-        return logs, found, sum(call.captured() for call in program.captured.values())
-
-
-@pytest.mark.parametrize(
-    ("layouts", "schedule", "pairs", "overlap"),
-    [
-        (SMALL, "three_phase", 1, False),
-        (SMALL, "lookahead=1", 1, False),
-        (SMALL, "lookahead=2", 2, True),
-        (SMALL, "three_phase", 1, True),
-        ({"images": Layout(dp=2), "language": Layout(pp=2)}, "filled=1", None, False),
-        ({"images": Layout(dp=2), "language": Layout(pp=2)}, "filled=2", None, True),
-    ],
-)
-def test_a_step_with_graphs_is_a_step_without(
-    processes: ProcessPool,
-    layouts: dict[str, Layout],
-    schedule: str,
-    pairs: int | None,
-    overlap: bool,
-) -> None:
-    work = partial(steps_on_rank, layouts=layouts, schedule=schedule, overlap=overlap)
-    without, graphs, refused = (
-        processes.run(2, partial(work, graphs=how)) for how in ("off", "recorded", "refused")
-    )
-    for one, other, third in zip(without, graphs, refused, strict=True):
-        assert one[0] == other[0] == third[0]
-        assert one[1].keys() == other[1].keys() == third[1].keys()
-        for name, gradient in one[1].items():
-            torch.testing.assert_close(other[1][name], gradient, rtol=1e-6, atol=1e-6)
-            assert torch.equal(third[1][name], gradient), name
-        assert one[2] == third[2] == 0
-        assert other[2] == pairs if pairs is not None else other[2] >= 1
-
-
-def trained_on_rank(rank: int, layouts: dict[str, Layout], schedule: str) -> list[Any]:
-    with recorded_graphs():
-        return train_on_rank(
-            rank, layouts, distributed=True, schedule=schedule, overlap=True, cuda_graphs=True
-        )
-
-
-@pytest.mark.parametrize(
-    ("language", "schedule"),
-    [(Layout(pp=2), "three_phase"), (Layout(pp=2), "filled=1"), (Layout(tp=2), "lookahead=1")],
-)
-def test_graphs_train_on_weights_that_are_gathered_behind_the_step_before(
-    processes: ProcessPool, language: Layout, schedule: str
-) -> None:
-    layouts = {"images": Layout(dp=2), "language": language}
-    work = partial(train_on_rank, layouts=layouts, distributed=True, schedule=schedule)
-    replayed = partial(trained_on_rank, layouts=layouts, schedule=schedule)
-    for one, other in zip(processes.run(2, work), processes.run(2, replayed), strict=True):
-        for (norm, logs), (wanted_norm, wanted) in zip(other, one, strict=True):
-            assert norm == pytest.approx(wanted_norm, rel=1e-5)
-            assert logs == [pytest.approx(log, rel=1e-5) for log in wanted]

@@ -2,7 +2,6 @@
 recorded operations with marks among them. On real graphs: tests/gpus."""
 
 import contextlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,10 +11,10 @@ from torch import nn
 
 import colocc
 from colocc import Layout
-from colocc.runtime import cpu, marks, megatron
+from colocc.runtime import cpu, megatron
 from tests import mimo
 from tests.harness import ProcessPool
-from tests.runtime.test_cuda_graphs import (
+from tests.runtime.recorded import (
     Held,
     Mark,
     captured,
@@ -23,6 +22,7 @@ from tests.runtime.test_cuda_graphs import (
     gradients,
     plain,
     recorded_graphs,
+    started_early,
     wanted,
     xs,
 )
@@ -246,16 +246,6 @@ TWO = {"images": Layout(dp=2), "audio": Layout(dp=2), "language": Layout(tp=2)}
 
 def two_encoders_on_rank(rank: int, graphs: bool, refused: str | None) -> dict[str, torch.Tensor]:
     """Gradients of two encoders over the same ranks; rank 1 cannot capture ``refused``."""
-    early: list[Any] = []
-    start = marks.Marks.start
-
-    def noted(self: marks.Marks, groups: list[Any], reduce: Callable[[Any], None]) -> None:
-        def counted(group: Any) -> None:
-            early.append(group)
-            reduce(group)
-
-        start(self, groups, counted)
-
     with contextlib.ExitStack() as stack:
         stack.enter_context(cpu.ranks())
         groups = stack.enter_context(colocc.process_groups(TWO))
@@ -263,7 +253,7 @@ def two_encoders_on_rank(rank: int, graphs: bool, refused: str | None) -> dict[s
         program = stack.enter_context(colocc.compile(model, TWO, groups=groups, cuda_graphs=graphs))
         if graphs:
             stack.enter_context(recorded_graphs())
-        stack.enter_context(pytest.MonkeyPatch.context()).setattr(marks.Marks, "start", noted)
+        early = stack.enter_context(started_early())
         for call in program.captured.values():
             if rank == 1 and call.name == refused:
                 call.reason = "it ran out of memory"

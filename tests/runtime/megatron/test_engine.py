@@ -94,6 +94,14 @@ def train_on_rank(
             return losses
 
 
+def check_trained(found: list[Any], wanted: list[Any]) -> None:
+    """Norms and losses of every step on every rank are those ``wanted``."""
+    for one, other in zip(found, wanted, strict=True):
+        for (norm, logs), (wanted_norm, wanted_logs) in zip(one, other, strict=True):
+            assert norm == pytest.approx(wanted_norm, rel=1e-5)
+            assert logs == [pytest.approx(log, rel=1e-5) for log in wanted_logs]
+
+
 def test_the_distributed_optimizer_steps_as_the_plain_one(processes: ProcessPool) -> None:
     layouts = {"images": Layout(tp=2, dp=4), "language": Layout(tp=2, pp=2, dp=2)}
     plain = processes.run(1, partial(train_on_rank, layouts=ONE, distributed=False))[0]
@@ -122,11 +130,7 @@ def test_parameters_gathered_behind_the_step_before(
         distributed=True,
         schedule=schedule,
     )
-    plain, overlapped = processes.run(2, work), processes.run(2, partial(work, overlap=True))
-    for one, other in zip(plain, overlapped, strict=True):
-        for (norm, logs), (wanted_norm, wanted) in zip(other, one, strict=True):
-            assert norm == pytest.approx(wanted_norm, rel=1e-5)
-            assert logs == [pytest.approx(log, rel=1e-5) for log in wanted]
+    check_trained(processes.run(2, partial(work, overlap=True)), processes.run(2, work))
 
 
 def weights_on_rank(rank: int) -> tuple[int, int]:
