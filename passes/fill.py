@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, inf
+from math import inf, lcm
 
 from colocc.passes.timeline import (
     LANGUAGE,
@@ -30,6 +31,8 @@ from colocc.passes.two_lanes import Listed, TwoLanes
 
 # As short as the shortest: what a plan foresees is not more exact than that.
 NEAR = 1.002
+# Portions at the ends have their own size in steps of up to so many microbatches for each stage.
+ENDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +50,14 @@ class Policy:
 
 def fill(
     stages: int,
-    microbatches: int,
-    portions: int,
+    portions: Sequence[int],
     costs: Costs,
     *,
     window: int | None = None,
     apart: bool = False,
 ) -> Timeline:
-    """Return the shortest timeline of all policies, with ``portions`` to encode a microbatch.
+    """Return the shortest timeline of all policies; ``portions`` says how many each microbatch is
+    cut into.
 
     ``apart``: encoders run on a lane of their own, behind the pipeline's. ``window`` bounds the
     microbatches whose encoder activations are alive, of which each stage has its part. It is at
@@ -66,14 +69,14 @@ def fill(
     shares = (1.0, 1.15, inf)
     found, seen = [], set[Timeline]()
     for policy in itertools.product((False, True), shares, sorted(windows), (False, True)):
-        work = _Work(stages, microbatches, portions, Policy(*policy))
+        work = _Work(stages, portions, Policy(*policy))
         timeline = _OneLane(work, costs).finish()
         # With any share a run always ends: more microbatches are encoded than the pipeline holds.
         if work.is_done() and timeline not in seen:
             seen.add(timeline)
             found.append(_replay(timeline, portions, costs) if apart else timeline)
         if apart and not work.policy.patient:
-            work = _Work(stages, microbatches, portions, Policy(*policy))
+            work = _Work(stages, portions, Policy(*policy))
             timeline = TwoLanes(_pipeline(work), work, portions, costs).play()
             if work.is_done():
                 found.append(timeline)
@@ -82,6 +85,23 @@ def fill(
         (timeline for timeline in found if timeline.length <= NEAR * shortest),
         key=lambda timeline: (interrupted(timeline), timeline.length),
     )
+
+
+def cuts(choices: Sequence[int], stages: int, microbatches: int) -> list[tuple[int, ...]]:
+    """The numbers of portions to try for each microbatch of a step, of those that it can have.
+
+    All microbatches alike; and smaller portions at the ends, where stages wait for the first
+    embeddings, or some for others with the last gradients. The ends of a long step do not matter.
+    """
+    found = [(count,) * microbatches for count in choices]
+    if microbatches > ENDS * stages:
+        return found
+    most = max(choices)
+    for count, (first, last) in itertools.product(choices, ((1, 0), (0, 1), (1, 1))):
+        if count < most and microbatches > first + last:
+            middle = (count,) * (microbatches - first - last)
+            found.append((most,) * first + middle + (most,) * last)
+    return found
 
 
 def interrupted(timeline: Timeline) -> float:
@@ -97,7 +117,7 @@ def interrupted(timeline: Timeline) -> float:
     return found
 
 
-def _replay(timeline: Timeline, portions: int, costs: Costs) -> Timeline:
+def _replay(timeline: Timeline, portions: Sequence[int], costs: Costs) -> Timeline:
     """The tasks of ``timeline`` in the same order on two lanes."""
     orders = [[span.task for span in spans] for spans in timeline.stages]
     language = [[task for task in order if task.kind in LANGUAGE] for order in orders]
@@ -105,23 +125,23 @@ def _replay(timeline: Timeline, portions: int, costs: Costs) -> Timeline:
 
 
 def _pipeline(work: _Work) -> list[list[Task]]:
-    return [one_f_one_b(stage, work.stages, work.microbatches) for stage in range(work.stages)]
+    return [one_f_one_b(stage, work.stages, len(work.portions)) for stage in range(work.stages)]
 
 
 class _Work:
     """The encoders' work that is not done, and which of it a stage takes next."""
 
-    def __init__(self, stages: int, microbatches: int, portions: int, policy: Policy) -> None:
-        self.stages, self.microbatches, self.portions = stages, microbatches, portions
-        self.policy = policy
+    def __init__(self, stages: int, portions: Sequence[int], policy: Policy) -> None:
+        self.stages, self.portions, self.policy = stages, portions, policy
         self.todo = deque(
             Task("encode", index, portion)
-            for index in range(microbatches)
-            for portion in range(portions)
+            for index, count in enumerate(portions)
+            for portion in range(count)
         )
         self.returned: set[int] = set()
-        self.taken = [0] * stages
-        self.room = ceil(policy.window * portions / stages)
+        # Parts of microbatches are counted as whole numbers.
+        self.whole = lcm(*portions)
+        self.taken, self.held = [0] * stages, [0] * stages
         self.mine: list[list[Task]] = [[] for _ in range(stages)]
         self._left = 2 * len(self.todo)
 
@@ -140,21 +160,26 @@ class _Work:
         """``stage`` takes ``task``."""
         if task.kind == "encode":
             assert self.todo.popleft() == task
-            self.taken[stage] += 1
+            self.taken[stage] += self._part(task)
         else:
             self.mine[stage].remove(Task("encode", task.microbatch, task.portion))
+            self.held[stage] -= self._part(task)
 
     def end(self, stage: int, task: Task) -> None:
         """``stage`` is done with ``task``, of the encoders or of the pipeline."""
         if task.kind == "encode":
             self.mine[stage].append(task)
+            self.held[stage] += self._part(task)
         elif task.kind == "backward" and stage == 0:
             self.returned.add(task.microbatch)
         self._left -= task.kind not in LANGUAGE
 
     def is_full(self, stage: int) -> bool:
         """Whether ``stage`` holds its part of the window."""
-        return len(self.mine[stage]) >= self.room
+        return self.held[stage] * self.stages >= self.policy.window * self.whole
+
+    def _part(self, task: Task) -> int:
+        return self.whole // self.portions[task.microbatch]
 
     def backward(self, stage: int) -> Task | None:
         """The first portion of ``stage`` that can go back."""
@@ -165,7 +190,7 @@ class _Work:
 
     def encode(self, stage: int) -> Task | None:
         """The next portion, if ``stage`` may encode it."""
-        even = self.microbatches * self.portions / self.stages
+        even = len(self.portions) * self.whole / self.stages
         if not self.todo or self.is_full(stage) or self.taken[stage] >= even * self.policy.share:
             return None
         ahead = self.todo[0].microbatch - len(self.returned)
@@ -198,7 +223,7 @@ class _OneLane:
                     self._end(stage, span)
 
     def _start(self, stage: int, task: Task) -> None:
-        span = Span(task, self.now, self.now + self.costs.seconds(task.kind, stage))
+        span = Span(task, self.now, self.now + self.costs.seconds(task, stage, self.work.portions))
         self.running[stage] = span
         if task.kind in LANGUAGE:
             self.language[stage].popleft()
@@ -219,7 +244,7 @@ class _OneLane:
             return inf
         task = self.language[stage][0]
         if task.kind == "forward" and stage == 0:
-            whole = self.encoded.get(task.microbatch, 0) == self.work.portions
+            whole = self.encoded.get(task.microbatch, 0) == self.work.portions[task.microbatch]
             return self.now if whole else inf
         ((need, at),) = inputs(task, stage, self.stages, self.work.portions)
         assert at is not None
@@ -236,7 +261,7 @@ class _OneLane:
         for task in (work.encode(stage), backward):
             if task is None:
                 continue
-            seconds = self.costs.seconds(task.kind, stage)
+            seconds = self.costs.seconds(task, stage, self.work.portions)
             if not work.policy.patient or self.now + seconds <= ready:
                 return task
         return None

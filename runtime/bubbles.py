@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from colocc.errors import LayoutError
-from colocc.passes.fill import fill
+from colocc.passes.fill import cuts, fill
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.portions import Portions
 from colocc.passes.timeline import Costs, Task, Timeline
@@ -70,11 +70,11 @@ class Rows:
 @dataclass(frozen=True)
 class Places:
     """What this stage runs before each of its language tasks, and after the last; and which stage
-    encodes each (microbatch, portion)."""
+    encodes each (microbatch, portion), of so many ``portions`` of each microbatch."""
 
     before: list[list[Task]]
     stage_of: dict[tuple[int, int], int]
-    portions: int
+    portions: tuple[int, ...]
 
 
 class Bubbles:
@@ -263,34 +263,37 @@ class Bubbles:
 
     def _timeline(
         self, batches: Batches, rows: Rows, seq_length: int, *, learns: bool
-    ) -> tuple[int, Timeline]:
-        """The number of portions, and the shortest timeline with it."""
-        count = len(batches.microbatches)
+    ) -> tuple[tuple[int, ...], Timeline]:
+        """The number of portions of each microbatch, and the shortest timeline with them."""
         choices = self.portions.choices(batches.size) if self.wish is None else [self.wish]
+        costs = self._costs(batches, rows, seq_length, learns=learns)
         found = []
-        for portions in choices:
-            costs = self._costs(batches, rows, seq_length, portions, learns=learns)
-            timeline = fill(
-                self.sink.pp, count, portions, costs, window=self.window, apart=self.apart
-            )
-            found.append((timeline.length, portions, timeline))
-        _, portions, timeline = min(found, key=lambda one: one[:2])
+        for portions in cuts(choices, self.sink.pp, len(batches.microbatches)):
+            timeline = fill(self.sink.pp, portions, costs, window=self.window, apart=self.apart)
+            found.append((timeline.length, sum(portions), portions, timeline))
+        *_, portions, timeline = min(found, key=lambda one: one[:3])
         return portions, timeline
 
-    def _costs(
-        self, batches: Batches, rows: Rows, seq_length: int, portions: int, *, learns: bool
-    ) -> Costs:
-        """Of a stage and of a portion, as weights times tokens on one rank."""
+    def _costs(self, batches: Batches, rows: Rows, seq_length: int, *, learns: bool) -> Costs:
+        """Of a microbatch on a stage, as weights times tokens on one rank."""
         if self._work is None:
             self._work = self._weights()
         *stages, encoder = self._work
         share = batches.size // self.sink.dp
         forward = max(stages) * share * seq_length
-        samples = batches.size / portions / len(self.portions.slots[0])
-        fixed = PORTION_TOKENS if self.program.captured else LAUNCHED_TOKENS
-        encode = encoder * (samples * rows.shape[rows.dim] + fixed)
-        loads = tuple(found / max(stages) for found in stages)
-        return Costs(forward, 2 * forward, encode, 2 * encode if learns else 0.0, loads)
+        samples = batches.size / len(self.portions.slots[0])
+        encode = encoder * samples * rows.shape[rows.dim]
+        portion = encoder * (PORTION_TOKENS if self.program.captured else LAUNCHED_TOKENS)
+        back = 2.0 if learns else 0.0
+        return Costs(
+            forward,
+            2 * forward,
+            encode,
+            back * encode,
+            portion,
+            back * portion,
+            tuple(found / max(stages) for found in stages),
+        )
 
     def _weights(self) -> list[float]:
         """The weights in products of each stage of the language module, and those of the encoder,
@@ -306,7 +309,7 @@ class Bubbles:
 
 
 def _places(
-    timeline: Timeline, mine: list[Task], stage: int, portions: int, *, train: bool
+    timeline: Timeline, mine: list[Task], stage: int, portions: tuple[int, ...], *, train: bool
 ) -> Places:
     stage_of = {
         (span.task.microbatch, span.task.portion): at
@@ -323,10 +326,10 @@ def _places(
                 before[-1].append(task)
         return Places(before, stage_of, portions)
     # Without backward there are forwards alone: each behind the portions of its own microbatch.
-    for microbatch in range(1 + max(index for index, _ in stage_of)):
+    for microbatch, count in enumerate(portions):
         before[-1] += [
             Task("encode", microbatch, portion)
-            for portion in range(portions)
+            for portion in range(count)
             if stage_of[microbatch, portion] == stage
         ]
         before.append([])

@@ -96,7 +96,7 @@ class Filled:
         replica = int(self.bubbles.sink.coordinates("dp")[self.bubbles.rank])
         pieces = [
             (portion, piece)
-            for portion in range(self.places.portions)
+            for portion in range(self.places.portions[microbatch])
             for piece in self._pieces(microbatch, portion)
             if piece.replica == replica
         ]
@@ -112,7 +112,7 @@ class Filled:
         if self.learns:
             self.leaf[microbatch] = leaf
         else:
-            for portion in range(self.places.portions):
+            for portion in range(self.places.portions[microbatch]):
                 self.encoded.pop((microbatch, portion), None)
         return [leaf]
 
@@ -158,7 +158,7 @@ class Filled:
         share = self.batches.size // self.bubbles.sink.dp
         rank, split = self.bubbles.rank, self.bubbles.portions
         replica = int(self.bubbles.sink.coordinates("dp")[rank])
-        for portion in range(self.places.portions):
+        for portion in range(self.places.portions[microbatch]):
             for piece in self._pieces(microbatch, portion):
                 if piece.replica != replica:
                     continue
@@ -188,7 +188,7 @@ class Filled:
         """The pieces of a portion that hold a sample."""
         stage = self.places.stage_of[microbatch, portion]
         found = self.bubbles.portions.pieces(
-            stage, portion, self.places.portions, self.batches.size
+            stage, portion, self.places.portions[microbatch], self.batches.size
         )
         return [piece for piece in found if piece.stop > piece.start]
 

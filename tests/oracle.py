@@ -2,6 +2,7 @@
 each."""
 
 import contextlib
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -143,13 +144,14 @@ def check(
     schedule: str = "three_phase",
     size: int = BATCH,
     detail: bool = False,
+    on_rank: Callable[..., list[Run]] = steps_on_rank,
     **options: Any,
 ) -> None:
     """Run the layouts and compare every rank with the oracle; raises AssertionError where they
     differ."""
     options["layers"] = max(2, layouts["language"].pp)
     work = partial(
-        steps_on_rank,
+        on_rank,
         layouts=layouts,
         counts=counts,
         options=options,

@@ -317,16 +317,15 @@ def opened(
         shared = None
         if not kind.startswith("first_stage"):
             shared = Shared(case, groups, dtype, overlap, distributed=distributed)
-        try:
-            for name in arms:
-                note(name)
-                found[name] = _build(name, case, groups, shared, dtype, overlap)
-            yield found
-        finally:
-            for arm in found.values():
-                arm.close()
-            if shared is not None:
-                shared.mimo.destroy()
+        for name in arms:
+            note(name)
+            found[name] = _build(name, case, groups, shared, dtype, overlap)
+        yield found
+        # Not after an error: closing waits for peers that may be inside a collective.
+        for arm in found.values():
+            arm.close()
+        if shared is not None:
+            shared.mimo.destroy()
 
 
 def _build(

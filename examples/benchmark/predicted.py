@@ -12,21 +12,20 @@ SHARES = (0.026, 0.05, 0.1, 0.2, 0.4)
 PIPELINES = tuple((stages, count) for stages in (4, 8, 16) for count in (16, 32, 64))
 
 
-def costs_of(share: float, portions_a_stage: int = 2) -> Costs:
-    """A stage's forward takes 1 and its backward 2; the encoder's ``share`` of that lies in
-    portions, so many for each stage and microbatch."""
-    return Costs(1.0, 2.0, share / portions_a_stage, 2.0 * share / portions_a_stage)
+def costs_of(stages: int, share: float) -> Costs:
+    """A stage's forward takes 1 and its backward 2; encoding a microbatch takes ``share`` of both,
+    on every stage."""
+    return Costs(1.0, 2.0, share * stages, 2.0 * share * stages)
 
 
 def row(stages: int, microbatches: int, share: float) -> str:
     """Step lengths as multiples of the language model's own work, which has no bubble."""
-    costs, portions = costs_of(share), 2 * stages
+    costs, portions = costs_of(stages, share), (2 * stages,) * microbatches
     work = microbatches * (costs.forward + costs.backward)
     phases, ideal = (
-        length(stages, microbatches, portions, costs) / work
-        for length in (three_phase_length, ideal_length)
+        length(stages, portions, costs) / work for length in (three_phase_length, ideal_length)
     )
-    filled = fill(stages, microbatches, portions, costs).length / work
+    filled = fill(stages, portions, costs).length / work
     return (
         f"| {stages}, {microbatches} | {share:.1%} | {phases:.3f} | {filled:.3f} | {ideal:.3f} | "
         f"{phases / filled:.2f} |"

@@ -45,8 +45,9 @@ def ranks(local: int, *, eager: bool) -> Iterator[None]:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         yield
-    finally:
+        # Not after an error, which NCCL would hide: it waits for peers inside a collective.
         dist.destroy_process_group()
+    finally:
         cpu.disable()
 
 

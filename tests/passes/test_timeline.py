@@ -1,10 +1,12 @@
 """Covers passes/timeline.py and passes/fill.py: 1F1B, what waits for what, how near to ideal."""
 
 import itertools
+from collections.abc import Sequence
+from fractions import Fraction
 
 import pytest
 
-from colocc.passes.fill import fill
+from colocc.passes.fill import cuts, fill
 from colocc.passes.timeline import (
     Costs,
     Task,
@@ -16,9 +18,9 @@ from colocc.passes.timeline import (
 
 
 def costs_of(share: float) -> Costs:
-    """A stage's forward takes 1, its backward 2; the encoder ``share`` of that, as portions, one
-    for each stage."""
-    return Costs(1.0, 2.0, share, 2.0 * share)
+    """A stage's forward takes 1, its backward 2; encoding a microbatch ``share`` of that, and its
+    portions a little more."""
+    return Costs(1.0, 2.0, share, 2.0 * share, 0.01, 0.02)
 
 
 def test_one_f_one_b_of_two_stages() -> None:
@@ -33,24 +35,25 @@ def test_fewer_microbatches_than_stages() -> None:
     assert [task.kind for task in one_f_one_b(0, 4, 2)] == ["forward"] * 2 + ["backward"] * 2
 
 
-def check(timeline: Timeline, stages: int, microbatches: int, portions: int) -> None:
+def check(timeline: Timeline, stages: int, portions: Sequence[int]) -> None:
     """Every task once, no stage at two things, nothing before what it waits for."""
     ends = {}
     for stage, spans in enumerate(timeline.stages):
         language = [s.task for s in spans if s.task.kind in ("forward", "backward")]
-        assert language == one_f_one_b(stage, stages, microbatches)
+        assert language == one_f_one_b(stage, stages, len(portions))
         for one, other in itertools.pairwise(spans):
             assert one.end <= other.start
         for span in spans:
             ends[span.task, stage] = span.end
     where = {task: stage for task, stage in ends if task.kind == "encode"}
-    assert len(where) == microbatches * portions
+    assert len(where) == sum(portions)
     for stage, spans in enumerate(timeline.stages):
         for span in spans:
             task = span.task
             needs: list[tuple[Task, int]] = []
             if task.kind == "forward" and stage == 0:
-                parts = [Task("encode", task.microbatch, part) for part in range(portions)]
+                count = portions[task.microbatch]
+                parts = [Task("encode", task.microbatch, part) for part in range(count)]
                 needs = [(part, where[part]) for part in parts]
             elif task.kind == "forward":
                 needs = [(task, stage - 1)]
@@ -66,11 +69,28 @@ def check(timeline: Timeline, stages: int, microbatches: int, portions: int) -> 
 
 @pytest.mark.parametrize("share", [0.026, 0.4, 3.0])
 @pytest.mark.parametrize("microbatches", [1, 3, 4, 9])
-@pytest.mark.parametrize(("stages", "portions"), [(1, 1), (2, 2), (2, 3), (4, 4), (4, 1)])
+@pytest.mark.parametrize(
+    ("stages", "choices"), [(1, [1]), (2, [2]), (2, [3]), (4, [4]), (4, [1, 2, 3]), (3, [1, 6])]
+)
 def test_a_timeline_is_possible(
-    stages: int, portions: int, microbatches: int, share: float
+    stages: int, choices: list[int], microbatches: int, share: float
 ) -> None:
-    check(fill(stages, microbatches, portions, costs_of(share)), stages, microbatches, portions)
+    for portions in cuts(choices, stages, microbatches):
+        check(fill(stages, portions, costs_of(share)), stages, portions)
+
+
+def test_the_cuts_of_a_step() -> None:
+    assert cuts([1], 2, 3) == [(1, 1, 1)]
+    assert cuts([1, 2, 4], 2, 4) == [
+        *[(1, 1, 1, 1), (2, 2, 2, 2), (4, 4, 4, 4)],
+        *[(4, 1, 1, 1), (1, 1, 1, 4), (4, 1, 1, 4)],
+        *[(4, 2, 2, 2), (2, 2, 2, 4), (4, 2, 2, 4)],
+    ]
+    # One microbatch is both ends, and of two none is between them.
+    assert cuts([1, 2], 2, 1) == [(1,), (2,)]
+    assert cuts([1, 2], 2, 2) == [(1, 1), (2, 2), (2, 1), (1, 2)]
+    assert len(cuts([1, 2], 2, 8)) == 5
+    assert cuts([1, 2], 2, 9) == [(1,) * 9, (2,) * 9]
 
 
 @pytest.mark.parametrize("share", [0.026, 0.05, 0.1, 0.2, 0.4])
@@ -80,17 +100,18 @@ def test_a_timeline_is_possible(
 def test_greedy_is_within_five_percent_of_ideal(
     stages: int, microbatches: int, share: float
 ) -> None:
-    costs, portions = costs_of(share / 2), 2 * stages
-    found = fill(stages, microbatches, portions, costs).length
-    best = ideal_length(stages, microbatches, portions, costs)
+    costs = Costs(1.0, 2.0, share * stages, 2.0 * share * stages)
+    portions = (2 * stages,) * microbatches
+    found = fill(stages, portions, costs).length
+    best = ideal_length(stages, portions, costs)
     # The first microbatch's encoding and the last one's backward have nothing to hide behind.
-    exposed = 2 * (costs.encode + costs.encode_backward)
+    exposed = (costs.encode + costs.encode_backward) / stages
     assert (1 - 1e-9) * best <= found <= 1.05 * best + exposed
-    assert found <= three_phase_length(stages, microbatches, portions, costs)
+    assert found <= three_phase_length(stages, portions, costs)
 
 
 def test_the_window_bounds_what_is_alive() -> None:
-    timeline = fill(4, 32, 4, costs_of(0.1), window=5)
+    timeline = fill(4, (4,) * 31 + (2,), costs_of(0.4), window=5)
     done = sorted(s.end for s in timeline.stages[0] if s.task.kind == "backward")
     for spans in timeline.stages:
         for span in spans:
@@ -104,17 +125,20 @@ def test_the_window_bounds_what_is_alive() -> None:
 def test_a_stage_holds_its_part_of_the_window(
     stages: int, portions: int, window: int, share: float
 ) -> None:
-    timeline = fill(stages, 24, portions, costs_of(share / portions), window=window)
-    for spans in timeline.stages:
-        held = most = 0
-        for span in spans:
-            held += {"encode": 1, "encode_backward": -1}.get(span.task.kind, 0)
-            most = max(most, held)
-        assert most <= -(-window * portions // stages)
+    for cut in cuts([portions, 2 * portions], stages, 8):
+        for spans in fill(stages, cut, costs_of(share), window=window).stages:
+            held, most, last = Fraction(), Fraction(), Fraction()
+            for span in spans:
+                if span.task.kind in ("encode", "encode_backward"):
+                    part = Fraction(1, cut[span.task.microbatch])
+                    held += part if span.task.kind == "encode" else -part
+                    most, last = max(most, held), max(last, part)
+            # Of what is over the window, one portion began when there was room.
+            assert most < Fraction(window, stages) + last
 
 
 def test_a_stage_goes_back_in_the_order_in_which_it_encoded() -> None:
-    for spans in fill(4, 16, 4, costs_of(0.2)).stages:
+    for spans in fill(4, (8, *(4,) * 14, 8), costs_of(0.8)).stages:
         for kind in ("encode", "encode_backward"):
             order = [(s.task.microbatch, s.task.portion) for s in spans if s.task.kind == kind]
             assert order == sorted(order)

@@ -1,6 +1,7 @@
 """Covers runtime/filled.py with bubbles.py, lanes.py, channels.py and megatron/pipeline.py: against
 the oracle; what is refused."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,9 +15,18 @@ from colocc.passes.fill import fill
 from colocc.passes.timeline import Costs, Timeline
 from colocc.runtime import bubbles, cpu
 from colocc.runtime.bubbles import Bubbles
+from colocc.testing import Run
 from tests import mimo
 from tests.harness import ProcessPool
-from tests.oracle import ORDERS, TUPLES, Oracle, batches, check, layouts_of
+from tests.oracle import (
+    ORDERS,
+    TUPLES,
+    Oracle,
+    batches,
+    check,
+    layouts_of,
+    steps_on_rank,
+)
 
 
 def legal(encoder: tuple[int, int], language: tuple[int, int, int], order: str) -> bool:
@@ -66,6 +76,38 @@ def test_any_number_of_portions(
     check(processes, reference, layouts, (1, 5), schedule=schedule, detail=True)
 
 
+def uneven(choices: Sequence[int], stages: int, microbatches: int) -> list[tuple[int, ...]]:
+    return [(3, *(1 + index % 2 for index in range(microbatches - 2)), 2)[:microbatches]]
+
+
+def uneven_on_rank(rank: int, **given: Any) -> list[Run]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bubbles, "cuts", uneven)
+        return steps_on_rank(rank, **given)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "language", "order"), [TWO, ((1, 4), (2, 2, 1), ORDERS[1]), LEGAL[-1]]
+)
+def test_every_microbatch_has_its_own_portions(
+    processes: ProcessPool,
+    reference: Oracle,
+    encoder: tuple[int, int],
+    language: tuple[int, int, int],
+    order: str,
+) -> None:
+    layouts = layouts_of(encoder, language, order)
+    check(
+        processes,
+        reference,
+        layouts,
+        (1, 5),
+        schedule="filled",
+        detail=True,
+        on_rank=uneven_on_rank,
+    )
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_reductions_that_overlap_backward(
     processes: ProcessPool,
@@ -104,11 +146,9 @@ def planned_on_rank(_: int, layouts: dict[str, Layout]) -> list[Costs]:
     """What plans of a step with a trained, and then with a frozen encoder reckon with."""
     found = []
 
-    def planned(
-        stages: int, microbatches: int, portions: int, costs: Costs, **options: Any
-    ) -> Timeline:
+    def planned(stages: int, portions: Sequence[int], costs: Costs, **options: Any) -> Timeline:
         found.append(costs)
-        return fill(stages, microbatches, portions, costs, **options)
+        return fill(stages, portions, costs, **options)
 
     with pytest.MonkeyPatch.context() as patch, cpu.ranks():
         patch.setattr(bubbles, "fill", planned)
@@ -130,7 +170,8 @@ def test_a_plan_reckons_with_the_backward_that_runs(processes: ProcessPool) -> N
     assert one == other
     trained, frozen = one
     assert trained.encode_backward == 2 * trained.encode > 0
-    assert frozen == replace(trained, encode_backward=0.0)
+    assert trained.portion_backward == 2 * trained.portion > 0
+    assert frozen == replace(trained, encode_backward=0.0, portion_backward=0.0)
 
 
 def forward_only_on_rank(_: int, layouts: dict[str, Layout], schedule: str) -> list[Any]:

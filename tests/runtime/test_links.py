@@ -109,7 +109,7 @@ def watched(patch: pytest.MonkeyPatch, recorder: Recorder) -> None:
         return tensor
 
     def behind(self: Lanes) -> None:
-        found = next(recorder.marks)
+        found = "behind", next(recorder.marks)
         recorder.log["pipeline"].append(("mark", found))
         recorder.log["encoders"].append(("take", found))
 
@@ -244,7 +244,11 @@ def test_encoders_begin_behind_what_the_timeline_has_before_them(processes: Proc
             tasks += event == "meet"
             if event == "mark":
                 marks[what] = tasks
-        behind = [marks[what] for event, what in log["encoders"] if event == "take"]
+        behind = [
+            marks[what]
+            for event, what in log["encoders"]
+            if event == "take" and isinstance(what, tuple)
+        ]
         assert behind == sorted(behind)
         assert behind[0] == 0
         assert 0 < behind[-1] <= tasks
