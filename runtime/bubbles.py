@@ -14,10 +14,11 @@ from colocc.errors import LayoutError
 from colocc.passes.fill import cuts, fill
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.portions import Portions
-from colocc.passes.timeline import Costs, Task, Timeline
+from colocc.passes.timeline import Task, Timeline
 from colocc.runtime import megatron
 from colocc.runtime.backend import uses_nccl
 from colocc.runtime.channels import Channel
+from colocc.runtime.costs import Work, costs_of
 from colocc.runtime.data import Batches
 from colocc.runtime.execute import Executor
 from colocc.runtime.groups import Use, close_groups, open_groups
@@ -26,10 +27,6 @@ from colocc.runtime.links import links_of
 
 if TYPE_CHECKING:
     from colocc.program import Program
-
-# What a portion costs whatever its size, in tokens: weights are read, their gradients added; and
-# without CUDA graphs the host launches a few thousand kernels.
-PORTION_TOKENS, LAUNCHED_TOKENS = 400, 1600
 
 
 def portions_of(graph: Graph) -> Portions:
@@ -111,7 +108,7 @@ class Bubbles:
         self.dim = found.batch if found is not None and found.batch is not None else 0
         self._rows: dict[Any, Rows] = {}
         self._places: dict[Any, Places] = {}
-        self._work: list[float] | None = None
+        self._work: list[Work] | None = None
         self._open(timeout)
 
     def _open(self, timeout: timedelta) -> None:
@@ -266,7 +263,18 @@ class Bubbles:
     ) -> tuple[tuple[int, ...], Timeline]:
         """The number of portions of each microbatch, and the shortest timeline with them."""
         choices = self.portions.choices(batches.size) if self.wish is None else [self.wish]
-        costs = self._costs(batches, rows, seq_length, learns=learns)
+        if self._work is None:
+            self._work = self._all_work()
+        *stages, encoder = self._work
+        samples = batches.size / len(self.portions.slots[0])
+        costs = costs_of(
+            stages,
+            encoder,
+            tokens=batches.size // self.sink.dp * seq_length,
+            rows=samples * rows.shape[rows.dim],
+            captured=bool(self.program.captured),
+            learns=learns,
+        )
         found = []
         for portions in cuts(choices, self.sink.pp, len(batches.microbatches)):
             timeline = fill(self.sink.pp, portions, costs, window=self.window, apart=self.apart)
@@ -274,38 +282,21 @@ class Bubbles:
         *_, portions, timeline = min(found, key=lambda one: one[:3])
         return portions, timeline
 
-    def _costs(self, batches: Batches, rows: Rows, seq_length: int, *, learns: bool) -> Costs:
-        """Of a microbatch on a stage, as weights times tokens on one rank."""
-        if self._work is None:
-            self._work = self._weights()
-        *stages, encoder = self._work
-        share = batches.size // self.sink.dp
-        forward = max(stages) * share * seq_length
-        samples = batches.size / len(self.portions.slots[0])
-        encode = encoder * samples * rows.shape[rows.dim]
-        portion = encoder * (PORTION_TOKENS if self.program.captured else LAUNCHED_TOKENS)
-        back = 2.0 if learns else 0.0
-        return Costs(
-            forward,
-            2 * forward,
-            encode,
-            back * encode,
-            portion,
-            back * portion,
-            tuple(found / max(stages) for found in stages),
-        )
-
-    def _weights(self) -> list[float]:
-        """The weights in products of each stage of the language module, and those of the encoder,
-        on the rank that has the most."""
+    def _all_work(self) -> list[Work]:
+        """That of each stage of the language module, and of the encoder, on the rank that has the
+        most."""
         found = torch.zeros(
-            self.sink.pp + 1, dtype=torch.float64, device=torch.cuda.current_device()
+            self.sink.pp + 1, 2, dtype=torch.float64, device=torch.cuda.current_device()
         )
-        found[self.stage] = megatron.weights_in_products(self.program.sink_module)
-        found[-1] = megatron.weights_in_products(self.program.encoder_module)
+        for place, module in (
+            (self.stage, self.program.sink_module),
+            (-1, self.program.encoder_module),
+        ):
+            weights = megatron.weights_in_products(module)
+            found[place, 0] = sum(weight.numel() for weight in weights)
+            found[place, 1] = sum(weight.dim() > 1 for weight in weights)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        counts: list[float] = found.tolist()
-        return counts
+        return [Work(*work) for work in found.tolist()]
 
 
 def _places(

@@ -155,13 +155,13 @@ def _pp1(model: str, images: str, language: str, batch: int = 16) -> Case:
 
 
 def _pp2(model: str, batch: int, microbatches: int) -> Case:
-    """With filled in every number of portions, with and without graphs, and the encoder inside the
-    first stage beside half of the layers, and balanced."""
+    """With filled in every number of portions and in the one that it chooses, and the encoder inside
+    the first stage beside half of the layers, and balanced."""
     sizes = MODELS[model]
     counts = (sizes.language.layers // 2, sizes.layers_beside_the_encoder())
     inside = tuple(f"first_stage={count}" for count in counts)
     portions = tuple(f"filled={count}+graphs" for count in range(1, 1 + batch // microbatches))
-    filled = ("three_phase+graphs", "filled=1", *portions)
+    filled = ("three_phase+graphs", "filled=1", *portions, "filled+graphs")
     arms = ("three_phase", *filled, *ALONE, "encoder_only+graphs", *inside)
     return Case(model, "tp1 dp2", "tp1 pp2", batch, microbatches, arms)
 

@@ -45,7 +45,7 @@ def reduction_of(name: str, module: nn.Module) -> Reduction:
     return "mean"
 
 
-def weights_in_products(module: nn.Module) -> int:
+def weights_in_products(module: nn.Module) -> list[nn.Parameter]:
     """The weights of ``module`` that a token is multiplied with: all but tables of embeddings."""
     from megatron.core.tensor_parallel import VocabParallelEmbedding
 
@@ -56,7 +56,7 @@ def weights_in_products(module: nn.Module) -> int:
         if isinstance(part, tables)
         for weight in part.parameters(recurse=False)
     }
-    return sum(weight.numel() for weight in module.parameters() if id(weight) not in looked_up)
+    return [weight for weight in module.parameters() if id(weight) not in looked_up]
 
 
 def prepare_buffers() -> None:

@@ -139,7 +139,7 @@ def weights_on_rank(rank: int) -> tuple[int, int]:
     with cpu.ranks(), colocc.process_groups(layouts) as groups:
         language: Any = mimo.build(groups, layouts).language_model
         every = sum(weight.numel() for weight in language.parameters())
-        return megatron.weights_in_products(language), every
+        return sum(weight.numel() for weight in megatron.weights_in_products(language)), every
 
 
 def test_tables_of_embeddings_are_not_multiplied_with(processes: ProcessPool) -> None:
