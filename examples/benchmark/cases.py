@@ -155,8 +155,8 @@ def _pp1(model: str, images: str, language: str, batch: int = 16) -> Case:
 
 
 def _pp2(model: str, batch: int, microbatches: int) -> Case:
-    """With filled in every number of portions and in the one that it chooses, and the encoder inside
-    the first stage beside half of the layers, and balanced."""
+    """With filled in every number of portions, and as it chooses; and with the encoder inside the
+    first stage beside half of the layers, and balanced."""
     sizes = MODELS[model]
     counts = (sizes.language.layers // 2, sizes.layers_beside_the_encoder())
     inside = tuple(f"first_stage={count}" for count in counts)
