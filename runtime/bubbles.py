@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 from colocc.errors import LayoutError
 from colocc.passes.fill import cuts, fill
 from colocc.passes.graph import Graph, first_type
+from colocc.passes.places import Places, places_of, places_of_forwards
 from colocc.passes.portions import Portions
-from colocc.passes.timeline import Task, Timeline
+from colocc.passes.timeline import Timeline
 from colocc.runtime import megatron
 from colocc.runtime.backend import uses_nccl
 from colocc.runtime.channels import Channel
@@ -62,16 +63,6 @@ class Rows:
     def empty(self, samples: int) -> torch.Tensor:
         """Room for the rows of ``samples`` samples."""
         return torch.empty(self.of(samples), dtype=self.dtype, device=self.device)
-
-
-@dataclass(frozen=True)
-class Places:
-    """What this stage runs before each of its language tasks, and after the last; and which stage
-    encodes each (microbatch, portion), of so many ``portions`` of each microbatch."""
-
-    before: list[list[Task]]
-    stage_of: dict[tuple[int, int], int]
-    portions: tuple[int, ...]
 
 
 class Bubbles:
@@ -221,8 +212,11 @@ class Bubbles:
             channel.careful = careful
         if first:
             portions, timeline = self._timeline(batches, rows, seq_length, learns=learns)
-            mine = [span.task for span in timeline.stages[self.stage]]
-            self._places[key] = _places(timeline, mine, self.stage, portions, train=train)
+            if train:
+                places = places_of(timeline, self.stage, portions)
+            else:
+                places = places_of_forwards(timeline, self.stage, portions)
+            self._places[key] = places
         # The careful step runs on them, too: they take their memory in it.
         self.lanes = Lanes(self._streams)
         return self._places[key]
@@ -297,31 +291,3 @@ class Bubbles:
             found[place, 1] = sum(weight.dim() > 1 for weight in weights)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return [Work(*work) for work in found.tolist()]
-
-
-def _places(
-    timeline: Timeline, mine: list[Task], stage: int, portions: tuple[int, ...], *, train: bool
-) -> Places:
-    stage_of = {
-        (span.task.microbatch, span.task.portion): at
-        for at, spans in enumerate(timeline.stages)
-        for span in spans
-        if span.task.kind == "encode"
-    }
-    before: list[list[Task]] = [[]]
-    if train:
-        for task in mine:
-            if task.kind in ("forward", "backward"):
-                before.append([])
-            else:
-                before[-1].append(task)
-        return Places(before, stage_of, portions)
-    # Without backward there are forwards alone: each behind the portions of its own microbatch.
-    for microbatch, count in enumerate(portions):
-        before[-1] += [
-            Task("encode", microbatch, portion)
-            for portion in range(count)
-            if stage_of[microbatch, portion] == stage
-        ]
-        before.append([])
-    return Places(before, stage_of, portions)

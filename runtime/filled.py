@@ -10,7 +10,9 @@ first in the timeline, of all that have not run, can always run. Ranks of one st
 collectives, run the same list. For this the messages of a kind and direction have a group of their
 own: between two ranks, sends and receives in one group wait for each other. On a GPU the language
 tasks and the others are on two streams (lanes.py), each in that order, and only the others wait for
-what comes before them in the list: the network has fewer edges, and still ends.
+what comes before them in the list: the network has fewer edges, and still ends. A message is asked
+for behind the language tasks that start before it is sent (passes/places.py), none of which waits
+for it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 
 from colocc.errors import LayoutError
 from colocc.passes.portions import Piece
+from colocc.passes.timeline import Task
 from colocc.runtime import megatron
 from colocc.runtime.bubbles import Bubbles
 from colocc.runtime.channels import Arrival, Channel
@@ -60,8 +63,10 @@ class Filled:
         self.encoded: dict[tuple[int, int], torch.Tensor] = {}
         self.leaf: dict[int, torch.Tensor] = {}
         self.kept: dict[tuple[int, Piece], tuple[torch.Tensor, Any]] = {}
+        self.asked: dict[tuple[Task, Piece], tuple[torch.Tensor, Arrival, Any]] = {}
         self.made: dict[tuple[int, int], Any] = {}
         self.lanes = bubbles.lanes
+        self.replica = int(bubbles.sink.coordinates("dp")[bubbles.rank])
         self._returned = 0
 
     @property
@@ -74,6 +79,9 @@ class Filled:
 
     def before(self, place: int) -> None:
         """Run what comes before language task number ``place`` of this stage."""
+        for task in self.places.coming[place]:
+            if task.kind == "encode" or self.learns:
+                self._ask(task)
         tasks = self.places.before[place]
         if tasks:
             self.lanes.behind()
@@ -93,20 +101,15 @@ class Filled:
         """The embeddings of ``microbatch``, on the first stage; other stages read none."""
         if self.bubbles.stage:
             return [None]
-        replica = int(self.bubbles.sink.coordinates("dp")[self.bubbles.rank])
-        pieces = [
-            (portion, piece)
+        tasks = [
+            Task("encode", microbatch, portion)
             for portion in range(self.places.portions[microbatch])
-            for piece in self._pieces(microbatch, portion)
-            if piece.replica == replica
         ]
-        arriving = [self._arriving(microbatch, *found) for found in pieces]
-        mine: list[torch.Tensor | None] = []
-        for part, work in arriving:
-            if work is not None:
-                work.wait()
-            mine.append(part)
-        parts = self._handed_on([piece for _, piece in pieces], mine)
+        for task in tasks:
+            self._ask(task)
+        found = [(task, piece) for task in tasks for piece in self._read(task)]
+        mine = [self._arrived(*place) for place in found]
+        parts = self._handed_on([piece for _, piece in found], mine)
         leaf = torch.cat(parts, dim=self.rows.dim) if len(parts) > 1 else parts[0]
         leaf = leaf.detach().requires_grad_(self.learns)
         if self.learns:
@@ -157,12 +160,9 @@ class Filled:
         gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         share = self.batches.size // self.bubbles.sink.dp
         rank, split = self.bubbles.rank, self.bubbles.portions
-        replica = int(self.bubbles.sink.coordinates("dp")[rank])
         for portion in range(self.places.portions[microbatch]):
-            for piece in self._pieces(microbatch, portion):
-                if piece.replica != replica:
-                    continue
-                first = piece.start - replica * share
+            for piece in self._read(Task("encode", microbatch, portion)):
+                first = piece.start - self.replica * share
                 part = self._narrow(gradient, first, piece.stop - piece.start)
                 for reader in piece.ranks:
                     if split.gradient_source(piece, reader) != rank:
@@ -176,7 +176,7 @@ class Filled:
         """Run what is left after the last language task; then every gradient is complete."""
         with self.lanes.joined():
             self.before(len(self.places.before) - 1)
-        assert not self.encoded
+        assert not self.encoded and not self.asked
         for channel in self.bubbles.channels:
             channel.flush()
         self.bubbles.ended()
@@ -228,41 +228,62 @@ class Filled:
                 "every sample. Write schedule='three_phase'."
             )
 
-    def _arriving(
-        self, microbatch: int, portion: int, piece: Piece
-    ) -> tuple[torch.Tensor | None, Arrival | None]:
-        """What this rank gets of ``piece``, and what to wait for; nothing where a peer hands it
-        on."""
-        source = self.bubbles.portions.source(piece, self.bubbles.rank)
-        if source is None:
-            return None, None
-        if source != self.bubbles.rank:
-            buffer = self.rows.empty(piece.stop - piece.start)
-            return buffer, self.bubbles.embeddings.receive(buffer, source)
+    def _read(self, task: Task) -> list[Piece]:
+        """The pieces that this rank's replica reads of what ``task`` encodes."""
+        pieces = self._pieces(task.microbatch, task.portion)
+        return [piece for piece in pieces if piece.replica == self.replica]
+
+    def _ask(self, task: Task) -> None:
+        """Have peers' messages come, if none has been asked for: what ``task`` makes, if it
+        encodes, else the gradient that it waits for."""
+        split, rank, channels = self.bubbles.portions, self.bubbles.rank, self.bubbles
+        if task.kind == "encode":
+            channel = channels.embeddings
+            sources = [(piece, split.source(piece, rank)) for piece in self._read(task)]
+        else:
+            channel, mine = channels.gradients, self._mine(task.microbatch, task.portion)
+            sources = [(piece, split.gradient_source(piece, rank)) for piece in mine]
+        for piece, source in sources:
+            if source is not None and source != rank and (task, piece) not in self.asked:
+                buffer = self.rows.empty(piece.stop - piece.start)
+                arrival = channel.receive(buffer, source)
+                self.asked[task, piece] = buffer, arrival, self.lanes.mark()
+
+    def _take(self, task: Task, piece: Piece) -> torch.Tensor | None:
+        """What was asked for, for use on the current stream; None if nothing was."""
+        if (task, piece) not in self.asked:
+            return None
+        buffer, arrival, mark = self.asked.pop((task, piece))
+        arrival.wait()
+        return self.lanes.take(buffer, mark)
+
+    def _arrived(self, task: Task, piece: Piece) -> torch.Tensor | None:
+        """What this rank has of ``piece`` by now; None where a peer hands it on."""
+        if self.bubbles.portions.source(piece, self.bubbles.rank) != self.bubbles.rank:
+            return self._take(task, piece)
         first = 0
-        for other in self._mine(microbatch, portion):
+        for other in self._mine(task.microbatch, task.portion):
             if other == piece:
                 break
             first += other.stop - other.start
-        value = self.encoded[microbatch, portion].detach()
-        self.lanes.take(value, self.made[microbatch, portion])
-        return self._narrow(value, first, piece.stop - piece.start), None
+        place = task.microbatch, task.portion
+        value = self.encoded[place].detach()
+        self.lanes.take(value, self.made[place])
+        return self._narrow(value, first, piece.stop - piece.start)
 
     def _backward(self, microbatch: int, portion: int, *, last: bool) -> None:
         """Backward of one portion; behind the ``last`` task of the step, reductions start with
         it."""
-        mine, split = self._mine(microbatch, portion), self.bubbles.portions
+        mine, task = self._mine(microbatch, portion), Task("encode_backward", microbatch, portion)
         if not mine:
             return
+        self._ask(task)
         value, parts = self.encoded.pop((microbatch, portion)), []
         for piece in mine:
-            source = split.gradient_source(piece, self.bubbles.rank)
-            if source == self.bubbles.rank:
-                parts.append(self.lanes.take(*self.kept.pop((microbatch, piece))))
-                continue
-            buffer = self.rows.empty(piece.stop - piece.start)
-            self.bubbles.gradients.receive(buffer, source).wait()
-            parts.append(buffer)
+            part = self._take(task, piece)
+            if part is None:
+                part = self.lanes.take(*self.kept.pop((microbatch, piece)))
+            parts.append(part)
         gradient = torch.cat(parts, dim=self.rows.dim) if len(parts) > 1 else parts[0]
         scale = self.program.scale
         with contextlib.ExitStack() as stack:
