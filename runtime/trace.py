@@ -28,6 +28,9 @@ COLORS = {
     "reduce": "#b279a2",
     "idle": "#dddddd",
 }
+# The work of encoders, which may run beside the language module's; each has a lane of its own.
+ENCODERS = ("encode", "redistribute", "encode_backward")
+LANES = ("language", "encoders")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,8 @@ def with_idle(spans: list[Span]) -> list[Span]:
 
 
 def chrome(ranks: list[list[Span]]) -> str:
-    """The spans of all ranks in Chrome's trace format: a process for each rank."""
+    """The spans of all ranks in Chrome's trace format: a process for each rank, with two threads,
+    the encoders' below."""
     events = [
         {
             "name": span.kind if span.microbatch < 0 else f"{span.kind} {span.microbatch}",
@@ -121,7 +125,7 @@ def chrome(ranks: list[list[Span]]) -> str:
             "ts": span.start * 1e6,
             "dur": (span.end - span.start) * 1e6,
             "pid": rank,
-            "tid": 0,
+            "tid": int(span.kind in ENCODERS),
         }
         for rank, spans in enumerate(ranks)
         for span in spans
@@ -130,27 +134,31 @@ def chrome(ranks: list[list[Span]]) -> str:
         {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
         for rank in range(len(ranks))
     ]
-    return json.dumps({"traceEvents": names + events})
+    lanes = [
+        {"name": "thread_name", "ph": "M", "pid": rank, "tid": lane, "args": {"name": name}}
+        for rank in range(len(ranks))
+        for lane, name in enumerate(LANES)
+    ]
+    return json.dumps({"traceEvents": names + lanes + events})
 
 
 def picture(ranks: list[list[Span]], path: Path) -> None:
-    """A PNG with a row for each rank; needs matplotlib."""
+    """A PNG with a row for each rank, its lower half the encoders'; needs matplotlib."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import patches, pyplot
 
-    figure, axis = pyplot.subplots(figsize=(12, 1.2 + 0.35 * len(ranks)), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(12, 1.2 + 0.5 * len(ranks)), layout="constrained")
     for rank, spans in enumerate(ranks):
         for span in spans:
-            axis.barh(
-                rank,
-                span.end - span.start,
-                left=span.start,
+            below = 0.4 if span.kind in ENCODERS else 0.0
+            axis.broken_barh(
+                [(span.start, span.end - span.start)],
+                (rank - 0.4 + below, 0.8 if span.kind == "idle" else 0.4),
                 color=COLORS[span.kind],
                 edgecolor="white",
                 linewidth=0.3,
-                height=0.8,
             )
     axis.invert_yaxis()
     axis.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in range(len(ranks))])

@@ -39,6 +39,15 @@ def test_chrome_counts_in_microseconds() -> None:
     assert (event["ts"], event["dur"]) == (5e5, 2.5e5)
 
 
+def test_encoders_have_a_lane_of_their_own() -> None:
+    """What overlaps in one of Chrome's threads is taken for a call inside the other."""
+    spans = [Span("forward", 0, 0.0, 2.0), Span("encode_backward", 0, 1.0, 3.0)]
+    events = json.loads(chrome([spans]))["traceEvents"]
+    lanes = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert lanes == {0: "language", 1: "encoders"}
+    assert [e["tid"] for e in events if e["ph"] == "X"] == [0, 1]
+
+
 def traced_on_rank(_: int, layouts: dict[str, Layout], schedule: str, path: str) -> None:
     with cpu.ranks(), colocc.process_groups(layouts) as groups:
         model = mimo.build(groups, layouts)
