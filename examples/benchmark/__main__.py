@@ -83,6 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--overlap", action="store_true", help="DDP's overlap_grad_reduce")
     parser.add_argument("--profile", action="store_true", help="a step of each arm, profiled")
+    parser.add_argument("--trace", action="store_true", help="a step of each program, in traces/")
     parser.add_argument("--eager", action="store_true", help="init_process_group(device_id=...)")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.sets if name not in SETS]:
@@ -132,6 +133,7 @@ def run(cases: list[Case], options: argparse.Namespace) -> str | None:
         "seconds": options.seconds,
         "eager": options.eager,
         "profile": options.profile,
+        "traces": str(options.out / "traces") if options.trace else None,
     }
     path = options.out / "plan.json"
     path.write_text(json.dumps(plan))

@@ -13,6 +13,7 @@ Arms:
 ``+graphs`` behind an arm of colocc's replays the encoder as CUDA graphs.
 """
 
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -118,6 +119,10 @@ class Case:
         return (
             f"{self.model}, {self.images} -> {self.language}, {self.batch} in {self.microbatches}"
         )
+
+    def file_of(self, arm: str) -> str:
+        """The name of a trace of ``arm``."""
+        return re.sub(r"[^\w.]+", "_", f"{self}_{arm}") + ".json"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import FileStore
 from torch.distributed import distributed_c10d
 
 from colocc.runtime import cpu
-from examples.benchmark.arms import Arm, loss_per_token, opened
+from examples.benchmark.arms import Arm, Colocc, loss_per_token, opened
 from examples.benchmark.cases import Case, family
 from examples.benchmark.multi_tensor import use_multi_tensor
 from examples.benchmark.profiled import profiled
@@ -123,8 +123,12 @@ def _run_family(
                 "communicators": communicators,
                 "built_seconds": built,
             }
+            arm = arms[name]
+            if plan["traces"] is not None and isinstance(arm, Colocc):
+                with arm.program.trace(Path(plan["traces"]) / case.file_of(name)):
+                    arm.step()
             if plan["profile"]:
-                found[name] |= profiled(arms[name])
+                found[name] |= profiled(arm)
     return found
 
 

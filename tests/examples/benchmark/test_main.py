@@ -11,7 +11,7 @@ from examples.benchmark.cases import SETS
 
 
 def test_every_arm_trains_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["tiny", "--out", str(tmp_path), "--steps", "2", "--warmup", "1"])
+    code = main(["tiny", "--out", str(tmp_path), "--steps", "2", "--warmup", "1", "--trace"])
     assert code == 0, (tmp_path / "ranks.log").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
     assert [tuple(result["arms"]) for result in results] == [case.arms for case in SETS["tiny"]]
@@ -25,6 +25,12 @@ def test_every_arm_trains_alike(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len(losses) == 1
     assert capsys.readouterr().out == (tmp_path / "results.md").read_text()
     assert (tmp_path / "steps.png").exists()
+    traces = {path.name for path in (tmp_path / "traces").glob("*.json")}
+    assert SETS["tiny"][1].file_of("filled=1+graphs") == (
+        "tiny_tp1_dp2_tp1_pp2_8_in_4_filled_1_graphs.json"
+    )
+    assert "tiny_tp1_dp2_tp1_pp2_8_in_4_filled.json" in traces
+    assert len(traces) == 3 + 2 + 2  # colocc's own arms, the homogeneous one with them
 
 
 def test_an_arm_that_fails_is_left_out_and_named(tmp_path: Path) -> None:
