@@ -59,13 +59,16 @@ class Shared:
         self.optimizer = megatron.mimo_optimizer(self.modules, groups, self.config)
 
     def compile(self, schedule: str) -> colocc.Program:
-        schedule, graphs, _ = schedule.partition("+graphs")
+        schedule, *options = schedule.split("+")
+        if unknown := set(options) - {"graphs", "first"}:
+            raise ValueError(f"no such option of an arm: {', '.join(sorted(unknown))}")
         return colocc.compile(
             self.mimo,
             self.case.layouts,
             groups=self.groups,
             schedule=schedule,
-            cuda_graphs=bool(graphs),
+            cuda_graphs="graphs" in options,
+            check="first" if "first" in options else "every",
         )
 
 

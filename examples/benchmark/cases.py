@@ -10,7 +10,8 @@ Arms:
     first_stage=n      the encoder inside the first pipeline stage, beside n of the language
                        layers (the same number as on other stages), in Megatron's schedule
 
-``+graphs`` behind an arm of colocc's replays the encoder as CUDA graphs.
+``+graphs`` behind an arm of colocc's replays the encoder as CUDA graphs; with ``+first`` ranks ask
+one another about the first batch alone.
 """
 
 import re
