@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from fractions import Fraction
+from math import ceil
 
 import pytest
 
@@ -127,14 +128,15 @@ def test_a_stage_holds_its_part_of_the_window(
 ) -> None:
     for cut in cuts([portions, 2 * portions], stages, 8):
         for spans in fill(stages, cut, costs_of(share), window=window).stages:
-            held, most, last = Fraction(), Fraction(), Fraction()
+            held = Fraction()
             for span in spans:
-                if span.task.kind in ("encode", "encode_backward"):
-                    part = Fraction(1, cut[span.task.microbatch])
-                    held += part if span.task.kind == "encode" else -part
-                    most, last = max(most, held), max(last, part)
-            # Of what is over the window, one portion began when there was room.
-            assert most < Fraction(window, stages) + last
+                if span.task.kind == "encode":
+                    count = cut[span.task.microbatch]
+                    held += Fraction(1, count)
+                    # As many portions of its size as reach the stage's part.
+                    assert held * count <= ceil(Fraction(window * count, stages))
+                elif span.task.kind == "encode_backward":
+                    held -= Fraction(1, cut[span.task.microbatch])
 
 
 def test_a_stage_goes_back_in_the_order_in_which_it_encoded() -> None:
