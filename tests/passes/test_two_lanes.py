@@ -49,6 +49,15 @@ def test_lanes_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_what_was_measured_beside_an_encoder() -> None:
+    """Language tasks took 1.2 times as long in the mean; e2 is beside F0 on the second stage."""
+    spans = {span.task: span for span in three_microbatches().stages[1]}
+    first, beside = spans[Task("forward", 0)], spans[Task("encode", 2)]
+    assert beside.start <= first.start
+    assert first.end <= beside.end
+    assert first.end - first.start == pytest.approx(1.2 * 0.6, rel=0.01)
+
+
 def check(timeline: Timeline, stages: int, portions: Sequence[int], costs: Costs) -> None:
     """Every task once, after what it waits for, on two lanes that share a GPU."""
     where = {
