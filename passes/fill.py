@@ -175,8 +175,12 @@ class _Work:
         self._left -= task.kind not in LANGUAGE
 
     def is_full(self, stage: int) -> bool:
-        """Whether ``stage`` holds its part of the window."""
-        return self.held[stage] * self.stages >= self.policy.window * self.whole
+        """Whether ``stage`` holds its part of the window: as many portions of the next one's size
+        as reach it."""
+        index = self.todo[0].microbatch if self.todo else len(self.portions) - 1
+        part = self.whole // self.portions[index]
+        room = -(-self.policy.window * self.portions[index] // self.stages)
+        return self.held[stage] + part > room * part
 
     def _part(self, task: Task) -> int:
         return self.whole // self.portions[task.microbatch]

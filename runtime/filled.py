@@ -174,7 +174,7 @@ class Filled:
 
     def finish(self) -> None:
         """Run what is left after the last language task; then every gradient is complete."""
-        with self.lanes.joined():
+        with self.lanes.joined(), self.lanes.pipeline():
             self.before(len(self.places.before) - 1)
         assert not self.encoded and not self.asked
         for channel in self.bubbles.channels:

@@ -53,6 +53,21 @@ def test_forwards_alone() -> None:
     assert names(first.coming) == " |  |  | "
 
 
+def test_the_portions_of_a_forward_are_in_order() -> None:
+    cut = (1, 4, 2)
+    timeline = fill(2, cut, Costs(1.0, 2.0, 1.0, 2.0))
+    several = 0
+    for stage in range(2):
+        places = places_of_forwards(timeline, stage, cut)
+        for microbatch, tasks in enumerate(places.before[:-1]):
+            assert [task.microbatch for task in tasks] == [microbatch] * len(tasks)
+            found = [task.portion for task in tasks]
+            assert found == sorted(found)
+            several += len(found) > 1
+    # As they are asked for: a sender's messages have no names.
+    assert several
+
+
 def uses(places: Places, timeline: Timeline, stage: int) -> dict[Task, int]:
     """By what must have come, the place where it is needed."""
     language = [span.task for span in timeline.stages[stage] if span.task.kind in LANGUAGE]

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from fractions import Fraction
+from math import ceil
 
 import pytest
 
@@ -21,6 +22,20 @@ def costs_of(share: float) -> Costs:
     """A stage's forward takes 1, its backward 2; encoding a microbatch ``share`` of that, and its
     portions a little more."""
     return Costs(1.0, 2.0, share, 2.0 * share, 0.01, 0.02)
+
+
+def test_a_portion_takes_its_part() -> None:
+    costs, cut = Costs(1.0, 2.0, 8.0, 16.0, 0.5, 0.25, (0.5, 1.0)), (1, 4)
+    for kind, first, second in (
+        ("encode", 8.5, 2.5),
+        ("encode_backward", 16.25, 4.25),
+        ("forward", 0.5, 0.5),
+        ("backward", 1.0, 1.0),
+    ):
+        tasks = (Task(kind, index) for index in range(2))  # type: ignore[arg-type]
+        assert [costs.seconds(task, 0, cut) for task in tasks] == [first, second]
+    assert costs.seconds(Task("backward", 0), 1, cut) == 2.0
+    assert costs.encoders(cut) == (8.5 + 16.25) + 4 * (2.5 + 4.25)
 
 
 def test_one_f_one_b_of_two_stages() -> None:
@@ -110,14 +125,19 @@ def test_greedy_is_within_five_percent_of_ideal(
     assert found <= three_phase_length(stages, portions, costs)
 
 
-def test_the_window_bounds_what_is_alive() -> None:
-    timeline = fill(4, (4,) * 31 + (2,), costs_of(0.4), window=5)
+@pytest.mark.parametrize(("stages", "window"), [(4, 5), (2, 3)])
+@pytest.mark.parametrize("portions", [(4,) * 31 + (2,), (1,) * 12])
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_the_window_bounds_what_is_alive(
+    stages: int, window: int, portions: tuple[int, ...], share: float
+) -> None:
+    timeline = fill(stages, portions, costs_of(share), window=window)
     done = sorted(s.end for s in timeline.stages[0] if s.task.kind == "backward")
     for spans in timeline.stages:
         for span in spans:
             if span.task.kind == "encode":
                 finished = sum(end <= span.start for end in done)
-                assert span.task.microbatch < finished + 5
+                assert span.task.microbatch < finished + window
 
 
 @pytest.mark.parametrize("share", [0.05, 0.4, 3.0])
@@ -127,14 +147,15 @@ def test_a_stage_holds_its_part_of_the_window(
 ) -> None:
     for cut in cuts([portions, 2 * portions], stages, 8):
         for spans in fill(stages, cut, costs_of(share), window=window).stages:
-            held, most, last = Fraction(), Fraction(), Fraction()
+            held = Fraction()
             for span in spans:
-                if span.task.kind in ("encode", "encode_backward"):
-                    part = Fraction(1, cut[span.task.microbatch])
-                    held += part if span.task.kind == "encode" else -part
-                    most, last = max(most, held), max(last, part)
-            # Of what is over the window, one portion began when there was room.
-            assert most < Fraction(window, stages) + last
+                if span.task.kind == "encode":
+                    count = cut[span.task.microbatch]
+                    held += Fraction(1, count)
+                    # As many portions of its size as reach the stage's part.
+                    assert held * count <= ceil(Fraction(window * count, stages))
+                elif span.task.kind == "encode_backward":
+                    held -= Fraction(1, cut[span.task.microbatch])
 
 
 def test_a_stage_goes_back_in_the_order_in_which_it_encoded() -> None:

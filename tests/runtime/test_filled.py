@@ -187,11 +187,12 @@ def forward_only_on_rank(_: int, layouts: dict[str, Layout], schedule: str) -> l
             return [log["loss"] for log in logs]
 
 
-def test_forward_only(processes: ProcessPool) -> None:
+@pytest.mark.parametrize("schedule", ["filled", "filled=4"])
+def test_forward_only(processes: ProcessPool, schedule: str) -> None:
     layouts = layouts_of((1, 4), (1, 2, 2), ORDERS[0])
     work = partial(forward_only_on_rank, layouts=layouts)
     phases, filled = (
-        processes.run(4, partial(work, schedule=how)) for how in ("three_phase", "filled")
+        processes.run(4, partial(work, schedule=how)) for how in ("three_phase", schedule)
     )
     assert any(phases)
     for wanted, found in zip(phases, filled, strict=True):

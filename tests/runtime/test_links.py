@@ -234,6 +234,43 @@ def test_messages_that_wait_for_each_other_come_to_an_end(
     assert stuck(logs, layouts["language"], one_queue=False) == []
 
 
+def test_a_message_waits_in_the_lane_of_its_tasks(processes: ProcessPool) -> None:
+    layouts = layouts_of((1, 4), (1, 4, 1), ORDERS[0])
+    work = partial(recorded_on_rank, layouts=layouts, schedule="filled", count=6, apart=True)
+    for rank, log in enumerate(processes.run(4, work)):
+        lanes = defaultdict(set)
+        for lane in log.keys() - {"host"}:
+            for event, what in log[lane]:
+                if event == "post":
+                    kind, sender, _, _ = what
+                    lanes[kind, sender == rank].add(lane)
+        # Also one that comes after the last language task, which would spin beside those before.
+        for (kind, sent), found in lanes.items():
+            assert found == {"encoders" if sent and kind == "embeddings" else "pipeline"}
+        assert len(lanes) >= 2
+
+
+def test_a_buffer_is_taken_over_by_the_lane_that_waits_for_it(processes: ProcessPool) -> None:
+    layouts = layouts_of((1, 4), (1, 4, 1), ORDERS[0])
+    work = partial(recorded_on_rank, layouts=layouts, schedule="filled", count=6, apart=True)
+    taken = 0
+    for log in processes.run(4, work):
+        marks = {
+            what: after
+            for lane in log.keys() - {"host"}
+            for (event, what), after in itertools.pairwise(log[lane])
+            if event == "post"
+        }
+        # Its memory is of the other lane, which must not have it back too soon.
+        for (event, message), after in itertools.pairwise(log["encoders"]):
+            if event == "wait":
+                made, mark = marks[message]
+                assert (made, after) == ("mark", ("take", mark))
+                taken += 1
+    # The gradients of what was encoded on other stages than the first.
+    assert taken >= 3
+
+
 def test_encoders_begin_behind_what_the_timeline_has_before_them(processes: ProcessPool) -> None:
     layouts = layouts_of((1, 4), (1, 4, 1), ORDERS[0])
     work = partial(recorded_on_rank, layouts=layouts, schedule="filled", count=6, apart=True)
