@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ import torch
 
 from colocc.errors import LayoutError
 from colocc.passes.portions import Piece
-from colocc.passes.timeline import Task
+from colocc.passes.timeline import LANGUAGE, Kind, Task
 from colocc.runtime import megatron
 from colocc.runtime.bubbles import Bubbles
 from colocc.runtime.channels import Arrival, Channel
@@ -77,21 +78,28 @@ class Filled:
     def start(self) -> None:
         """Nothing runs ahead of the pipeline."""
 
-    def before(self, place: int) -> None:
-        """Run what comes before language task number ``place`` of this stage."""
-        for task in self.places.coming[place]:
-            if task.kind == "encode" or self.learns:
-                self._ask(task)
-        tasks = self.places.before[place]
-        if tasks:
+    def before(self, place: int, ask: Callable[[Kind], object] | None = None) -> None:
+        """Run what comes before language task number ``place`` of this stage. ``ask`` asks for the
+        input of the next language task of a kind."""
+        steps = self.places.before[place]
+        last = self.places.last_backward() if place == len(self.places.before) - 1 else None
+        if any(isinstance(step, Task) for step in steps):
             self.lanes.behind()
-        with self.lanes.encoders():
-            for index, task in enumerate(tasks, 1):
-                if task.kind == "encode":
-                    self._encode(task.microbatch, task.portion)
-                elif self.learns:
-                    last = place == len(self.places.before) - 1 and index == len(tasks)
-                    self._backward(task.microbatch, task.portion, last=last)
+        for step in steps:
+            if isinstance(step, Task):
+                with self.lanes.encoders():
+                    self._run(step, last=step == last)
+            elif step.task.kind in LANGUAGE:
+                assert ask is not None
+                ask(step.task.kind)
+            elif step.task.kind == "encode" or self.learns:
+                self._ask(step.task)
+
+    def _run(self, task: Task, *, last: bool) -> None:
+        if task.kind == "encode":
+            self._encode(task.microbatch, task.portion)
+        elif self.learns:
+            self._backward(task.microbatch, task.portion, last=last)
 
     def running(self) -> contextlib.AbstractContextManager[object]:
         """Inside, the pipeline runs."""

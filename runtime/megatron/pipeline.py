@@ -2,12 +2,14 @@
 
 Megatron's 1F1B asks its communicator for the input of every language task, with exactly one call
 before each: call number k comes before task k of ``passes.timeline.one_f_one_b``. So this
-communicator sends without waiting, asks for the input, runs what is to be done before task k, and
-waits for the input only then.
+communicator sends without waiting, runs what is to be done before task k, and waits for the input
+only then. The input may have been asked for before, while an earlier task was the next one.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,14 +17,16 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, is_single_shape
 
 from colocc.errors import LayoutError
-from colocc.runtime.channels import Channel
+from colocc.passes.timeline import LANGUAGE, Kind
+from colocc.runtime.channels import Arrival, Channel
 
 
 class Between(Protocol):
     """What runs between the language tasks of this stage."""
 
-    def before(self, place: int) -> None:
-        """Run what comes before language task number ``place`` of this stage."""
+    def before(self, place: int, ask: Callable[[Kind], object]) -> None:
+        """Run what comes before language task number ``place`` of this stage. ``ask`` asks for the
+        input of the next language task of a kind."""
 
     def returned(self) -> None:
         """The next microbatch's backward of this stage has run."""
@@ -47,14 +51,18 @@ class FilledCommunicator(P2PCommunicator):
             )
         self.onward, self.back, self.between = onward, back, between
         self._place = 0
+        self._shape: Any = None
+        self._asked: dict[Kind, deque[tuple[torch.Tensor, Arrival]]] = {
+            kind: deque() for kind in LANGUAGE
+        }
 
     def recv_forward(self, tensor_shapes: Any, is_first_stage: bool) -> Any:
         """The input of a forward."""
-        return self._next(tensor_shapes, None if is_first_stage else (self.onward, self.prev_rank))
+        return self._next(tensor_shapes, None if is_first_stage else "forward")
 
     def recv_backward(self, tensor_shapes: Any, is_last_stage: bool) -> Any:
         """The input of a backward."""
-        return self._next(tensor_shapes, None if is_last_stage else (self.back, self.next_rank))
+        return self._next(tensor_shapes, None if is_last_stage else "backward")
 
     def send_forward(self, output_tensors: Any, is_last_stage: bool) -> None:
         """Hand the output of a forward to the next stage."""
@@ -81,23 +89,32 @@ class FilledCommunicator(P2PCommunicator):
         self.send_backward(input_tensor_grads, is_first_stage)
         return self.recv_forward(tensor_shapes, is_first_stage)
 
-    def _next(self, shapes: Any, source: tuple[Channel, int] | None) -> Any:
+    def _next(self, shapes: Any, kind: Kind | None) -> Any:
+        """The input of the next language task, of ``kind`` if it comes from a peer."""
         single = is_single_shape(shapes)
-        buffer, work = None, None
-        if source is not None:
-            channel, sender = source
-            buffer = torch.empty(
-                shapes if single else _only(shapes),
-                device=torch.cuda.current_device(),
-                dtype=self.config.pipeline_dtype,
-            )
-            work = channel.receive(buffer, sender)
-        self.between.before(self._place)
+        self._shape = shapes if single else _only(shapes)
+        self.between.before(self._place, self.ask)
         self._place += 1
-        if work is not None and buffer is not None:
-            work.wait()
-            buffer.requires_grad_()
+        if kind is None:
+            return None if single else [None]
+        if not self._asked[kind]:
+            self.ask(kind)
+        buffer, arrival = self._asked[kind].popleft()
+        arrival.wait()
+        buffer.requires_grad_()
         return buffer if single else [buffer]
+
+    def ask(self, kind: Kind) -> None:
+        """Ask for the input of the first language task of ``kind`` whose input was not asked
+        for."""
+        channel, sender = (
+            (self.onward, self.prev_rank) if kind == "forward" else (self.back, self.next_rank)
+        )
+        assert self._shape is not None
+        buffer = torch.empty(
+            self._shape, device=torch.cuda.current_device(), dtype=self.config.pipeline_dtype
+        )
+        self._asked[kind].append((buffer, channel.receive(buffer, sender)))
 
 
 def _only(found: Any) -> Any:

@@ -1,10 +1,13 @@
 """Covers passes/places.py."""
 
+import itertools
+from collections.abc import Sequence
+
 import pytest
 
 from colocc.passes.fill import cuts, fill
-from colocc.passes.places import Places, places_of, places_of_forwards
-from colocc.passes.timeline import LANGUAGE, Costs, Span, Task, Timeline
+from colocc.passes.places import Ask, Places, places_of, places_of_forwards
+from colocc.passes.timeline import LANGUAGE, Costs, Span, Task, Timeline, inputs
 
 
 def spans(text: str) -> tuple[Span, ...]:
@@ -19,9 +22,16 @@ def spans(text: str) -> tuple[Span, ...]:
     return tuple(found)
 
 
-def names(lists: list[list[Task]]) -> str:
+def names(lists: Sequence[Sequence[Task | Ask]]) -> str:
+    """The lists with bars between; ? before what is asked for."""
     letters = {"forward": "F", "backward": "B", "encode": "e", "encode_backward": "g"}
-    return " | ".join(" ".join(letters[t.kind] + str(t.microbatch) for t in each) for each in lists)
+
+    def name(step: Task | Ask) -> str:
+        if isinstance(step, Ask):
+            return "?" + name(step.task)
+        return letters[step.kind] + str(step.microbatch)
+
+    return " | ".join(" ".join(map(name, each)) for each in lists)
 
 
 TWO = Timeline(
@@ -34,23 +44,23 @@ TWO = Timeline(
 )
 
 
-def test_what_a_stage_does_and_what_is_on_its_way() -> None:
+def test_what_a_stage_does_and_asks_for() -> None:
     first = places_of(TWO, 0, (1, 1, 1))
-    assert names(first.before) == "e0 |  |  |  | g0 |  | "
-    # e0 and e1 are made at 2, when F0 starts; B0 has gone back at 8, and e2 is made at 9, with F2.
-    assert names(first.coming) == "e0 e1 |  |  | g0 e2 |  |  | "
+    # e0 and e1 are made at 2, when F0 starts. B0 of the other stage ends at 6, when it starts here,
+    # and goes back at 8; B1 and e2 are made at 9, with F2; B2 at 13, while g0 and B1 run.
+    assert names(first.before) == "e0 ?e0 ?e1 |  | ?B0 | ?g0 ?e2 ?B1 | g0 | ?B2 | "
     last = places_of(TWO, 1, (1, 1, 1))
-    assert names(last.before) == "e1 e2 |  |  |  |  |  | g1 g2"
-    # B1 has gone back at 14 and B2 at 16, when no language task is left.
-    assert names(last.coming) == " |  |  |  |  |  | g1 g2"
+    # F1 is sent at 4, when B0 starts; B1 has gone back at 14 and B2 at 16, behind all of them.
+    assert names(last.before) == "e1 e2 ?F0 | ?F1 |  |  | ?F2 |  | ?g1 g1 ?g2 g2"
     assert first.stage_of == last.stage_of == {(0, 0): 0, (1, 0): 1, (2, 0): 1}
+    assert first.last_backward() is None
+    assert last.last_backward() == Task("encode_backward", 2)
 
 
 def test_forwards_alone() -> None:
     first = places_of_forwards(TWO, 0, (1, 1, 1))
     assert names(first.before) == "e0 |  |  | "
     assert names(places_of_forwards(TWO, 1, (1, 1, 1)).before) == " | e1 | e2 | "
-    assert names(first.coming) == " |  |  | "
 
 
 def test_the_portions_of_a_forward_are_in_order() -> None:
@@ -59,7 +69,9 @@ def test_the_portions_of_a_forward_are_in_order() -> None:
     several = 0
     for stage in range(2):
         places = places_of_forwards(timeline, stage, cut)
-        for microbatch, tasks in enumerate(places.before[:-1]):
+        for microbatch, steps in enumerate(places.before[:-1]):
+            tasks = [step for step in steps if isinstance(step, Task)]
+            assert tasks == steps
             assert [task.microbatch for task in tasks] == [microbatch] * len(tasks)
             found = [task.portion for task in tasks]
             assert found == sorted(found)
@@ -68,17 +80,13 @@ def test_the_portions_of_a_forward_are_in_order() -> None:
     assert several
 
 
-def uses(places: Places, timeline: Timeline, stage: int) -> dict[Task, int]:
-    """By what must have come, the place where it is needed."""
+def listed(places: Places, timeline: Timeline, stage: int) -> list[Task | Ask]:
+    """What the host of ``stage`` does, in order, with the language tasks."""
     language = [span.task for span in timeline.stages[stage] if span.task.kind in LANGUAGE]
-    found = {
-        Task("encode", task.microbatch, portion): place
-        for place, task in enumerate(language)
-        if stage == 0 and task.kind == "forward"
-        for portion in range(places.portions[task.microbatch])
-    }
-    for place, tasks in enumerate(places.before):
-        found |= dict.fromkeys([t for t in tasks if t.kind == "encode_backward"], place)
+    found: list[Task | Ask] = []
+    for steps, task in itertools.zip_longest(places.before, language):
+        found += steps
+        found += [task] if task is not None else []
     return found
 
 
@@ -86,44 +94,52 @@ def uses(places: Places, timeline: Timeline, stage: int) -> dict[Task, int]:
 @pytest.mark.parametrize(
     ("stages", "microbatches", "apart"), [(2, 6, True), (4, 9, True), (3, 7, False)]
 )
-def test_messages_come_when_they_are_sent_and_before_they_are_used(
+def test_messages_are_asked_for_when_they_are_sent(
     stages: int, microbatches: int, apart: bool, share: float
 ) -> None:
     costs = Costs(1.0, 2.0, share, 2.0 * share, 0.01, 0.02, (1.0,) * (stages - 1) + (1.1,))
     for portions in cuts([1, 2], stages, microbatches):
         timeline = fill(stages, portions, costs, apart=apart)
-        ends = {
-            (span.task, stage): span.end
-            for stage, each in enumerate(timeline.stages)
-            for span in each
+        spans_of = {
+            (span.task, stage): span for stage, each in enumerate(timeline.stages) for span in each
         }
-        orders = [[span.task for span in each] for each in timeline.stages]
         for stage in range(stages):
             places = places_of(timeline, stage, portions)
-            came = {task: place for place, each in enumerate(places.coming) for task in each}
-            needed = uses(places, timeline, stage)
-            assert came.keys() == needed.keys()
-            assert sum(map(len, places.coming)) == len(came)
-            language = [span for span in timeline.stages[stage] if span.task.kind in LANGUAGE]
-            for task, place in came.items():
-                assert place <= needed[task]
-                if task.kind == "encode":
-                    sent = ends[task, places.stage_of[task.microbatch, task.portion]]
-                else:
-                    sent = ends[Task("backward", task.microbatch), 0]
-                # Behind no task that starts when, or after, it was sent; and behind all others.
-                assert all(span.start < sent for span in language[:place])
-                assert place == len(language) or language[place].start >= sent
-            # Those of one sender come in its order.
+            order = listed(places, timeline, stage)
+            tasks = [step for step in order if isinstance(step, Task)]
+            assert tasks == [span.task for span in timeline.stages[stage]]
+            asked = [step.task for step in order if isinstance(step, Ask)]
+            assert len(asked) == len(set(asked))
+            wanted = set()
+            for task in tasks:
+                for need, at in inputs(task, stage, stages, portions):
+                    sender = places.stage_of[need.microbatch, need.portion] if at is None else at
+                    # The first stage asks for all embeddings, its own replica's or not.
+                    if at is None:
+                        wanted.add(need)
+                        ask = need
+                    elif task.kind == "encode_backward" or at != stage:
+                        wanted.add(task)
+                        ask = task
+                    else:
+                        continue
+                    place, sent = order.index(Ask(ask)), spans_of[need, sender].end
+                    assert place < order.index(task)
+                    # Behind all that starts before it is sent, and before all that starts later.
+                    for index, step in enumerate(order):
+                        if isinstance(step, Task):
+                            assert (spans_of[step, stage].start < sent) == (index < place)
+            assert set(asked) == wanted
+            # Those of one sender and kind are asked for in its order: they have no names.
+            for kind in ("forward", "backward", "encode_backward"):
+                mine = [task for task in asked if task.kind == kind]
+                assert mine == sorted(mine, key=lambda task: (task.microbatch, task.portion))
             for sender in range(stages):
                 theirs = [
                     task
-                    for each in places.coming
-                    for task in each
+                    for task in asked
                     if task.kind == "encode"
                     and places.stage_of[task.microbatch, task.portion] == sender
                 ]
-                if stage == 0:
-                    assert theirs == [task for task in orders[sender] if task.kind == "encode"]
-            gradients = [t for each in places.coming for t in each if t.kind == "encode_backward"]
-            assert gradients == sorted(gradients, key=lambda t: (t.microbatch, t.portion))
+                made = [s.task for s in timeline.stages[sender] if s.task.kind == "encode"]
+                assert theirs == (made if stage == 0 else [])

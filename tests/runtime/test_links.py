@@ -113,8 +113,8 @@ def watched(patch: pytest.MonkeyPatch, recorder: Recorder) -> None:
         recorder.log["pipeline"].append(("mark", found))
         recorder.log["encoders"].append(("take", found))
 
-    def comes_before(self: Filled, place: int) -> None:
-        before(self, place)
+    def comes_before(self: Filled, place: int, *ask: Any) -> None:
+        before(self, place, *ask)
         # What follows is a language task, in which the ranks of a stage and replica meet.
         recorder.add("meet", (self.bubbles.stage, place))
 
