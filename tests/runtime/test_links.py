@@ -271,6 +271,15 @@ def test_a_buffer_is_taken_over_by_the_lane_that_waits_for_it(processes: Process
     assert taken >= 3
 
 
+def test_the_pipeline_waits_for_what_its_own_rank_encoded(processes: ProcessPool) -> None:
+    layouts = layouts_of((1, 4), (1, 4, 1), ORDERS[0])
+    work = partial(recorded_on_rank, layouts=layouts, schedule="filled", count=6, apart=True)
+    first = processes.run(4, work)[0]
+    made = {what for event, what in first["encoders"] if event == "mark"}
+    assert made
+    assert made <= {what for event, what in first["pipeline"] if event == "take"}
+
+
 def test_encoders_begin_behind_what_the_timeline_has_before_them(processes: ProcessPool) -> None:
     layouts = layouts_of((1, 4), (1, 4, 1), ORDERS[0])
     work = partial(recorded_on_rank, layouts=layouts, schedule="filled", count=6, apart=True)
