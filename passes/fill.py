@@ -87,21 +87,43 @@ def fill(
     )
 
 
-def cuts(choices: Sequence[int], stages: int, microbatches: int) -> list[tuple[int, ...]]:
-    """The numbers of portions to try for each microbatch of a step, of those that it can have.
+def shortest(
+    stages: int,
+    choices: Sequence[int],
+    microbatches: int,
+    costs: Costs,
+    *,
+    window: int | None = None,
+    apart: bool = False,
+) -> tuple[tuple[int, ...], Timeline]:
+    """The portions of each microbatch, of so many as one can have, and the timeline with them that
+    take the least time; of equal ones, those of the fewest portions.
 
-    All microbatches alike; and smaller portions at the ends, where stages wait for the first
-    embeddings, or some for others with the last gradients. The ends of a long step do not matter.
+    All microbatches alike; and for the two best of these, smaller portions at the ends.
     """
-    found = [(count,) * microbatches for count in choices]
-    if microbatches > ENDS * stages:
-        return found
-    most = max(choices)
-    for count, (first, last) in itertools.product(choices, ((1, 0), (0, 1), (1, 1))):
-        if count < most and microbatches > first + last:
-            middle = (count,) * (microbatches - first - last)
-            found.append((most,) * first + middle + (most,) * last)
-    return found
+
+    def tried(portions: tuple[int, ...]) -> tuple[float, int, tuple[int, ...], Timeline]:
+        timeline = fill(stages, portions, costs, window=window, apart=apart)
+        return timeline.length, sum(portions), portions, timeline
+
+    found = sorted((tried((count,) * microbatches) for count in choices), key=lambda one: one[:3])
+    for _, _, (count, *_), _ in found[:2]:
+        found += map(tried, cuts(count, max(choices), stages, microbatches))
+    *_, portions, timeline = min(found, key=lambda one: one[:3])
+    return portions, timeline
+
+
+def cuts(count: int, most: int, stages: int, microbatches: int) -> list[tuple[int, ...]]:
+    """Steps of ``count`` portions for each microbatch, but ``most`` at the ends: there stages wait
+    for the first embeddings, or some for others with the last gradients. The ends of a long step do
+    not matter."""
+    if count == most or microbatches > ENDS * stages:
+        return []
+    return [
+        (most,) * first + (count,) * (microbatches - first - last) + (most,) * last
+        for first, last in ((1, 0), (0, 1), (1, 1))
+        if microbatches > first + last
+    ]
 
 
 def interrupted(timeline: Timeline) -> float:

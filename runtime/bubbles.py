@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from colocc.errors import LayoutError
-from colocc.passes.fill import cuts, fill
+from colocc.passes.fill import shortest
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.places import Places, places_of, places_of_forwards
 from colocc.passes.portions import Portions
@@ -269,12 +269,8 @@ class Bubbles:
             captured=bool(self.program.captured),
             learns=learns,
         )
-        found = []
-        for portions in cuts(choices, self.sink.pp, len(batches.microbatches)):
-            timeline = fill(self.sink.pp, portions, costs, window=self.window, apart=self.apart)
-            found.append((timeline.length, sum(portions), portions, timeline))
-        *_, portions, timeline = min(found, key=lambda one: one[:3])
-        return portions, timeline
+        count = len(batches.microbatches)
+        return shortest(self.sink.pp, choices, count, costs, window=self.window, apart=self.apart)
 
     def _all_work(self) -> list[Work]:
         """That of each stage of the language module, and of the encoder, on the rank that has the

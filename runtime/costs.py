@@ -38,7 +38,7 @@ def costs_of(
     stage encodes all of it. ``captured``: the encoder runs as CUDA graphs; ``learns``: it has a
     backward."""
     found = [LAUNCHED * work.weights * tokens + work.products * PRODUCT for work in stages]
-    forward, back = max(found), 2.0 if learns else 0.0
+    forward, back = max(1.0, *found), 2.0 if learns else 0.0
     encode = (1.0 if captured else LAUNCHED) * encoder.weights * rows
     portion = encoder.products * (PRODUCT if captured else LAUNCHED_PRODUCT)
     loads = tuple(stage / forward for stage in found)

@@ -262,8 +262,9 @@ class Filled:
         if (task, piece) not in self.asked:
             return None
         buffer, arrival, mark = self.asked.pop((task, piece))
+        found = self.lanes.take(buffer, mark)
         arrival.wait()
-        return self.lanes.take(buffer, mark)
+        return found
 
     def _arrived(self, task: Task, piece: Piece) -> torch.Tensor | None:
         """What this rank has of ``piece`` by now; None where a peer hands it on."""

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from colocc.passes.fill import cuts, fill
+from colocc.passes.fill import fill
 from colocc.passes.places import Ask, Places, places_of, places_of_forwards
 from colocc.passes.timeline import LANGUAGE, Costs, Span, Task, Timeline, inputs
+from tests.passes.kit import every_cut
 
 
 def spans(text: str) -> tuple[Span, ...]:
@@ -98,7 +99,7 @@ def test_messages_are_asked_for_when_they_are_sent(
     stages: int, microbatches: int, apart: bool, share: float
 ) -> None:
     costs = Costs(1.0, 2.0, share, 2.0 * share, 0.01, 0.02, (1.0,) * (stages - 1) + (1.1,))
-    for portions in cuts([1, 2], stages, microbatches):
+    for portions in every_cut([1, 2], stages, microbatches):
         timeline = fill(stages, portions, costs, apart=apart)
         spans_of = {
             (span.task, stage): span for stage, each in enumerate(timeline.stages) for span in each

@@ -7,7 +7,7 @@ from math import ceil
 
 import pytest
 
-from colocc.passes.fill import cuts, fill
+from colocc.passes.fill import fill, shortest
 from colocc.passes.timeline import (
     Costs,
     Task,
@@ -16,6 +16,7 @@ from colocc.passes.timeline import (
     one_f_one_b,
     three_phase_length,
 )
+from tests.passes.kit import every_cut
 
 
 def costs_of(share: float) -> Costs:
@@ -90,22 +91,38 @@ def check(timeline: Timeline, stages: int, portions: Sequence[int]) -> None:
 def test_a_timeline_is_possible(
     stages: int, choices: list[int], microbatches: int, share: float
 ) -> None:
-    for portions in cuts(choices, stages, microbatches):
+    for portions in every_cut(choices, stages, microbatches):
         check(fill(stages, portions, costs_of(share)), stages, portions)
 
 
 def test_the_cuts_of_a_step() -> None:
-    assert cuts([1], 2, 3) == [(1, 1, 1)]
-    assert cuts([1, 2, 4], 2, 4) == [
+    assert every_cut([1], 2, 3) == [(1, 1, 1)]
+    assert every_cut([1, 2, 4], 2, 4) == [
         *[(1, 1, 1, 1), (2, 2, 2, 2), (4, 4, 4, 4)],
         *[(4, 1, 1, 1), (1, 1, 1, 4), (4, 1, 1, 4)],
         *[(4, 2, 2, 2), (2, 2, 2, 4), (4, 2, 2, 4)],
     ]
     # One microbatch is both ends, and of two none is between them.
-    assert cuts([1, 2], 2, 1) == [(1,), (2,)]
-    assert cuts([1, 2], 2, 2) == [(1, 1), (2, 2), (2, 1), (1, 2)]
-    assert len(cuts([1, 2], 2, 8)) == 5
-    assert cuts([1, 2], 2, 9) == [(1,) * 9, (2,) * 9]
+    assert every_cut([1, 2], 2, 1) == [(1,), (2,)]
+    assert every_cut([1, 2], 2, 2) == [(1, 1), (2, 2), (2, 1), (1, 2)]
+    assert len(every_cut([1, 2], 2, 8)) == 5
+    assert every_cut([1, 2], 2, 9) == [(1,) * 9, (2,) * 9]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("share", [0.1, 1.3, 4.0])
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 4), (2, 8), (4, 8)])
+def test_the_shortest_of_every_cut_is_found(
+    stages: int, microbatches: int, share: float, apart: bool
+) -> None:
+    """Though ends are tried of the two best counts alone."""
+    costs = Costs(1.0, 2.0, share, 2.0 * share, 0.05, 0.1, (1.0,) * (stages - 1) + (1.1,))
+    portions, timeline = shortest(stages, [1, 2, 4], microbatches, costs, apart=apart)
+    lengths = {
+        cut: fill(stages, cut, costs, apart=apart).length
+        for cut in every_cut([1, 2, 4], stages, microbatches)
+    }
+    assert timeline.length == lengths[portions] == min(lengths.values())
 
 
 @pytest.mark.parametrize("share", [0.026, 0.05, 0.1, 0.2, 0.4])
@@ -145,7 +162,7 @@ def test_the_window_bounds_what_is_alive(
 def test_a_stage_holds_its_part_of_the_window(
     stages: int, portions: int, window: int, share: float
 ) -> None:
-    for cut in cuts([portions, 2 * portions], stages, 8):
+    for cut in every_cut([portions, 2 * portions], stages, 8):
         for spans in fill(stages, cut, costs_of(share), window=window).stages:
             held = Fraction()
             for span in spans:

@@ -7,9 +7,10 @@ from math import ceil
 
 import pytest
 
-from colocc.passes.fill import cuts, fill, interrupted
+from colocc.passes.fill import fill, interrupted
 from colocc.passes.timeline import LANGUAGE, Costs, Task, Timeline, inputs, one_f_one_b
 from colocc.passes.two_lanes import LANGUAGE_SHARE, Listed, TwoLanes
+from tests.passes.kit import every_cut
 
 # Of 2.0B + 1.3B on two H200, in ms: the last stage has the logits, too.
 LARGE = Costs(13.3, 26.7, 15.0, 31.0, 2.0, 4.0, (0.825, 1.0))
@@ -122,7 +123,7 @@ def test_a_timeline_on_two_lanes_is_possible(
 ) -> None:
     loads = tuple(1.0 + 0.1 * stage for stage in range(stages))
     costs = Costs(1.0, 2.0, share, 2.0 * share, 0.01, 0.02, loads)
-    for portions in cuts(choices, stages, microbatches):
+    for portions in every_cut(choices, stages, microbatches):
         timeline = fill(stages, portions, costs, apart=True)
         check(timeline, stages, portions, costs)
         assert runs_in_any_case(timeline, stages, portions)
@@ -134,7 +135,7 @@ def test_a_stage_holds_its_part_of_the_window(
     stages: int, portions: int, window: int, share: float
 ) -> None:
     costs = Costs(1.0, 2.0, share, 2.0 * share)
-    for cut in cuts([portions, 2 * portions], stages, 8):
+    for cut in every_cut([portions, 2 * portions], stages, 8):
         for spans in fill(stages, cut, costs, window=window, apart=True).stages:
             held = Fraction()
             for span in spans:
@@ -199,14 +200,14 @@ def splits_of(cut: Sequence[int]) -> Iterator[float]:
 
 
 def test_hardly_any_split_of_four_microbatches_is_shorter() -> None:
-    tried = cuts([1, 2], 2, 4)
+    tried = every_cut([1, 2], 2, 4)
     found = {cut: fill(2, cut, LARGE, apart=True).length for cut in tried}
     shortest = min(found.values())
     assert shortest <= 1.01 * min(min(splits_of(cut)) for cut in tried)
 
 
 def test_portions_of_their_own_size_at_the_ends() -> None:
-    whole, halves, *uneven = cuts([1, 2], 2, 8)
+    whole, halves, *uneven = every_cut([1, 2], 2, 8)
     alike = min(fill(2, cut, LARGE, apart=True).length for cut in (whole, halves))
     found = min(fill(2, cut, LARGE, apart=True).length for cut in uneven)
     assert found < 0.97 * alike
