@@ -24,7 +24,6 @@ from colocc.passes.rows import BatchDims, RowsPerItem
 from colocc.passes.solve.plan import Plan
 from colocc.runtime import megatron
 from colocc.runtime.agreement import Check
-from colocc.runtime.backend import may_close
 from colocc.runtime.bubbles import Bubbles
 from colocc.runtime.captured import Captured
 from colocc.runtime.crossing import Crossing
@@ -423,6 +422,5 @@ class Program(Modules, Traced):
     def __enter__(self) -> Program:
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        if may_close(error):
-            self.destroy()
+    def __exit__(self, *exc: object) -> None:
+        self.destroy()

@@ -41,9 +41,8 @@ def ranks() -> Iterator[Device]:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         yield device
-        # Not after an error, which NCCL would hide: it waits for peers inside a collective.
-        dist.destroy_process_group()
     finally:
+        dist.destroy_process_group()
         cpu.disable()
 
 

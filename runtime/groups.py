@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from colocc.errors import LayoutError
 from colocc.layout import Layout
-from colocc.runtime.backend import may_close, uses_nccl
+from colocc.runtime.backend import uses_nccl
 from colocc.runtime.lone import open_lone
 from colocc.runtime.megatron import prepare_buffers
 from colocc.runtime.texts import agree_on, gather_texts
@@ -182,10 +182,7 @@ def close_groups(
 
 
 class ProcessGroups(Mapping[str, "ProcessGroupCollection"]):
-    """One Megatron ProcessGroupCollection per module; release with ``destroy()`` or ``with``.
-
-    A ``with`` that ends with an error on NCCL leaves the groups open: closing would wait for peers.
-    """
+    """One Megatron ProcessGroupCollection per module; release with ``destroy()`` or ``with``."""
 
     def __init__(self, layouts: Mapping[str, Layout], timeout: timedelta) -> None:
         self.layouts = dict(layouts)
@@ -251,9 +248,8 @@ class ProcessGroups(Mapping[str, "ProcessGroupCollection"]):
     def __enter__(self) -> ProcessGroups:
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        if may_close(error):
-            self.destroy()
+    def __exit__(self, *exc: object) -> None:
+        self.destroy()
 
 
 def _fields(name: str, layout: Layout) -> dict[str, tuple[Members, ...]]:

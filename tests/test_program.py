@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import colocc
 from colocc import Layout, LayoutError
-from colocc.runtime import backend
 from colocc.testing import relative_l2
 from tests.harness import run_threads
 from tests.plain import (
@@ -269,28 +268,6 @@ def test_compile_again_destroy_twice_and_a_new_world() -> None:
     worlds = [run_threads(8, main) for _ in range(2)]
     for found in itertools.chain(*worlds):
         assert all(torch.equal(output, found[0]) for output in found)
-
-
-@pytest.mark.parametrize("nccl", [False, True])
-def test_groups_stay_open_where_closing_waits_for_a_peer(
-    nccl: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backend, "uses_nccl", lambda: nccl)
-    base = model()
-
-    def main(rank: int) -> bool:
-        program = colocc.compile(copy.deepcopy(base), LAYOUTS, example_inputs=batch())
-        with pytest.raises(RuntimeError, match="as planted"), program:
-            raise RuntimeError("as planted")
-        try:
-            program(**batch())
-        except LayoutError as error:
-            assert "the program was destroyed" in str(error)
-            return False
-        program.destroy()
-        return True
-
-    assert run_threads(8, main) == [nccl] * 8
 
 
 def test_a_model_that_is_let_go_is_freed() -> None:

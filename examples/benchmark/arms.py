@@ -324,7 +324,7 @@ def opened(
             note(name)
             found[name] = _build(name, case, groups, shared, dtype, overlap)
         yield found
-        # Not after an error: closing waits for peers that may be inside a collective.
+        # Not after an error, which is to be seen whatever state the groups are in.
         for arm in found.values():
             arm.close()
         if shared is not None:

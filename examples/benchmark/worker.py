@@ -45,7 +45,7 @@ def ranks(local: int, *, eager: bool) -> Iterator[None]:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         yield
-        # Not after an error, which NCCL would hide: it waits for peers inside a collective.
+        # Not after an error, which is to be seen whatever state the groups are in.
         dist.destroy_process_group()
     finally:
         cpu.disable()

@@ -57,3 +57,8 @@ def test_a_frozen_encoder_has_no_backward() -> None:
     )
     assert learns.encode_backward == 2 * learns.encode
     assert frozen == replace(learns, encode_backward=0.0, portion_backward=0.0)
+
+
+def test_a_language_module_without_products() -> None:
+    costs = costs_of([Work(0, 0)] * 2, ENCODER, tokens=8, rows=8, captured=False, learns=True)
+    assert costs.loads == (0.0, 0.0)

@@ -17,7 +17,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from colocc.errors import LayoutError
 from colocc.layout import Layout
-from colocc.runtime import backend
 from colocc.runtime.groups import close_groups, open_groups, process_groups
 from colocc.runtime.texts import agree
 from tests.harness import run_threads
@@ -186,37 +185,6 @@ def test_a_shared_group_closes_with_its_last_user() -> None:
         return total.item()
 
     assert run_threads(4, fn) == [2.0] * 4
-
-
-@pytest.mark.parametrize("nccl", [False, True])
-def test_groups_stay_open_where_closing_waits_for_a_peer(
-    nccl: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On NCCL an error ends the process, not the groups; otherwise closing harms nobody."""
-    monkeypatch.setattr(backend, "uses_nccl", lambda: nccl)
-    layouts = {"images": Layout(dp=4), "language": Layout(tp=2, dp=2)}
-
-    def work(rank: int) -> tuple[list[bool], float]:
-        found, total = [], torch.ones(1)
-        for error in (None, RuntimeError("as planted")):
-            groups = process_groups(layouts)
-            tp = groups["language"].tp
-            try:
-                with groups:
-                    if error is not None:
-                        raise error
-            except RuntimeError as seen:
-                assert seen is error
-            found.append(tp in dist.distributed_c10d._world.pg_map)
-            if found[-1]:
-                dist.all_reduce(total, group=tp)
-                groups.destroy()
-                assert tp not in dist.distributed_c10d._world.pg_map
-        return found, float(total)
-
-    for found, total in run_threads(4, work):
-        assert found == [False, nccl]
-        assert total == (2.0 if nccl else 1.0)
 
 
 def test_groups_are_opened_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
