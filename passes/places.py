@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+from collections import defaultdict
 from dataclasses import dataclass
 
 from colocc.passes.timeline import LANGUAGE, Task, Timeline, inputs
@@ -14,15 +16,25 @@ class Ask:
     task: Task
 
 
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Have what ``task`` of this stage made go to peers."""
+
+    task: Task
+
+
+Step = Task | Ask | Send
+
+
 @dataclass(frozen=True)
 class Places:
     """What one stage does before each of its language tasks, and after the last.
 
-    ``before``: the encoders' tasks, and the messages to ask for. ``stage_of``: the stage that
-    encodes each (microbatch, portion); ``portions``: how many a microbatch has.
+    ``before``: the encoders' tasks, and the messages to send and to ask for. ``stage_of``: the
+    stage that encodes each (microbatch, portion); ``portions``: how many a microbatch has.
     """
 
-    before: list[list[Task | Ask]]
+    before: list[list[Step]]
     stage_of: dict[tuple[int, int], int]
     portions: tuple[int, ...]
 
@@ -35,57 +47,101 @@ class Places:
 def places_of(timeline: Timeline, stage: int, portions: tuple[int, ...]) -> Places:
     """The places of ``stage`` in a step that trains.
 
-    A message is asked for when its sender is done with it: between GPUs it is a kernel on both,
-    which takes their multiprocessors as long as it spins for the other. So it is behind all tasks
-    that start earlier, which do not wait for it, and before all that start later. What its sender
-    needs of this stage has been launched by then: also a host that waits for the message, as CUDA
-    may have it do, does not wait for itself.
+    A message is sent, and asked for, when what makes it ends: between GPUs it is a kernel on both,
+    which takes their multiprocessors as long as it spins for the other. So both ends are behind all
+    tasks that start earlier, which do not wait for it, and before all that start later. Starts and
+    ends have one order on all stages, and what comes first in it waits for nothing that its hosts
+    have yet to launch: so also hosts that wait for their GPUs, as CUDA may have them do, go on.
     """
-    steps: list[tuple[float, int, Task | Ask]] = [
-        *((sent, 0, Ask(task)) for sent, task in _messages(timeline, stage, portions)),
-        *((span.start, 1, span.task) for span in timeline.stages[stage]),
-    ]
-    before: list[list[Task | Ask]] = [[]]
-    for _, _, step in sorted(steps, key=lambda found: found[:2]):
-        if isinstance(step, Task) and step.kind in LANGUAGE:
-            before.append([])
-        else:
-            before[-1].append(step)
+    before: list[list[Step]] = [[]]
+    for event in _in_order(timeline, portions):
+        if event.at == stage and event.starts:
+            if event.task.kind in LANGUAGE:
+                before.append([])
+            else:
+                before[-1].append(event.task)
+        elif not event.starts:
+            before[-1] += _messages(event, timeline, stage, portions)
     return Places(before, _stage_of(timeline), portions)
 
 
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """The start or the end of ``task`` on stage ``at``."""
+
+    task: Task
+    at: int
+    starts: bool
+
+
+def _in_order(timeline: Timeline, portions: tuple[int, ...]) -> list[_Event]:
+    """All starts and ends in the order of their times; of those at one time, ends are first, but
+    nothing before what it waits for: a task may take no time."""
+    where, stages = _stage_of(timeline), len(timeline.stages)
+    times: dict[_Event, tuple[float, bool, int, int]] = {}
+    waits: dict[_Event, int] = {}
+    then: dict[_Event, list[_Event]] = defaultdict(list)
+    for at, spans in enumerate(timeline.stages):
+        before: list[_Event] = []
+        for index, span in enumerate(spans):
+            start, end = (_Event(span.task, at, starts) for starts in (True, False))
+            times[start], times[end] = (span.start, True, at, index), (span.end, False, at, index)
+            needs = before + [
+                _Event(need, where[need.microbatch, need.portion] if of is None else of, False)
+                for need, of in inputs(span.task, at, stages, portions)
+            ]
+            for event, wanted in ((start, needs), (end, [start])):
+                waits[event] = len(wanted)
+                for need in wanted:
+                    then[need].append(event)
+            before = [start]
+    ready = [(times[event], event) for event, count in waits.items() if not count]
+    heapq.heapify(ready)
+    found = []
+    while ready:
+        _, event = heapq.heappop(ready)
+        found.append(event)
+        for other in then[event]:
+            waits[other] -= 1
+            if not waits[other]:
+                heapq.heappush(ready, (times[other], other))
+    return found
+
+
 def _messages(
-    timeline: Timeline, stage: int, portions: tuple[int, ...]
-) -> list[tuple[float, Task]]:
-    """What ``stage`` may get, with the time when it is sent; those of a kind in order."""
-    ends = {(span.task, at): span.end for at, spans in enumerate(timeline.stages) for span in spans}
-    stages, found = len(timeline.stages), []
-    if stage == 0:
-        found += [(end, task) for (task, _), end in ends.items() if task.kind == "encode"]
-    for task in (span.task for span in timeline.stages[stage]):
-        if task.kind in LANGUAGE:
-            needs = inputs(task, stage, stages, portions)
-            found += [(ends[need, at], task) for need, at in needs if at not in (None, stage)]
-    mine = [span.task for span in timeline.stages[stage] if span.task.kind == "encode_backward"]
-    return found + [
-        (ends[Task("backward", task.microbatch), 0], task)
-        for task in sorted(mine, key=lambda task: (task.microbatch, task.portion))
-    ]
+    event: _Event, timeline: Timeline, stage: int, portions: tuple[int, ...]
+) -> list[Step]:
+    """What ``stage`` sends and may get at the end of a task."""
+    task, at = event.task, event.at
+    found: list[Step] = []
+    if at == stage and task.kind != "encode_backward":
+        found.append(Send(task))
+    if task.kind == "encode" and stage == 0:
+        found.append(Ask(task))
+    if (task.kind, at) in (("forward", stage - 1), ("backward", stage + 1)):
+        found.append(Ask(task))
+    if task.kind == "backward" and at == 0:
+        mine = [span.task for span in timeline.stages[stage]]
+        wanted = [
+            Task("encode_backward", task.microbatch, portion)
+            for portion in range(portions[task.microbatch])
+        ]
+        found += [Ask(other) for other in wanted if other in mine]
+    return found
 
 
 def places_of_forwards(timeline: Timeline, stage: int, portions: tuple[int, ...]) -> Places:
     """The places of ``stage`` in a step of forwards alone: each behind the portions of its own
     microbatch, with messages asked for where they are needed."""
     stage_of = _stage_of(timeline)
-    before: list[list[Task | Ask]] = [
-        [
-            Task("encode", microbatch, portion)
-            for portion in range(count)
-            if stage_of[microbatch, portion] == stage
-        ]
-        for microbatch, count in enumerate(portions)
-    ]
-    return Places([*before, []], stage_of, portions)
+    before: list[list[Step]] = [[]]
+    for microbatch, count in enumerate(portions):
+        for portion in range(count):
+            if stage_of[microbatch, portion] == stage:
+                task = Task("encode", microbatch, portion)
+                before[-1] += [task, Send(task)]
+        before.append([Send(Task("forward", microbatch))])
+    return Places(before, stage_of, portions)
 
 
 def _stage_of(timeline: Timeline) -> dict[tuple[int, int], int]:

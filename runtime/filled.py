@@ -10,15 +10,17 @@ first in the timeline, of all that have not run, can always run. Ranks of one st
 collectives, run the same list. For this the messages of a kind and direction have a group of their
 own: between two ranks, sends and receives in one group wait for each other. On a GPU the language
 tasks and the others are on two streams (lanes.py), each in that order, and only the others wait for
-what comes before them in the list: the network has fewer edges, and still ends. A message is asked
-for behind the language tasks that start before it is sent (passes/places.py), none of which waits
-for it.
+what comes before them in the list: the network has fewer edges, and still ends. A message is sent
+and asked for at the end of what makes it, in one order on all ranks (passes/places.py): it is
+behind the tasks that start before that, none of which waits for it, and hosts that wait for their
+GPUs there go on, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from colocc.errors import LayoutError
+from colocc.passes.places import Send
 from colocc.passes.portions import Piece
 from colocc.passes.timeline import LANGUAGE, Kind, Task
 from colocc.runtime import megatron
@@ -68,7 +71,8 @@ class Filled:
         self.made: dict[tuple[int, int], Any] = {}
         self.lanes = bubbles.lanes
         self.replica = int(bubbles.sink.coordinates("dp")[bubbles.rank])
-        self._returned = 0
+        self.held: dict[Task, list[tuple[Channel, torch.Tensor, int]]] = {}
+        self._handed: Counter[Kind] = Counter()
 
     @property
     def pipeline(self) -> tuple[Channel, Channel, Filled]:
@@ -83,17 +87,39 @@ class Filled:
         input of the next language task of a kind."""
         steps = self.places.before[place]
         last = self.places.last_backward() if place == len(self.places.before) - 1 else None
-        if any(isinstance(step, Task) for step in steps):
-            self.lanes.behind()
+        first = next((step for step in steps if isinstance(step, Task)), None)
         for step in steps:
             if isinstance(step, Task):
+                if step is first:
+                    self.lanes.behind()
                 with self.lanes.encoders():
                     self._run(step, last=step == last)
+            elif isinstance(step, Send):
+                self._send(step.task)
             elif step.task.kind in LANGUAGE:
                 assert ask is not None
                 ask(step.task.kind)
             elif step.task.kind == "encode" or self.learns:
                 self._ask(step.task)
+
+    def hand_on(self, kind: Kind, channel: Channel, tensor: torch.Tensor, receiver: int) -> None:
+        """What the next language task of ``kind`` hands on, which is sent at its place."""
+        task = Task(kind, self._handed[kind])
+        self._handed[kind] += 1
+        self._hold(task, channel, tensor, receiver)
+
+    def _hold(self, task: Task, channel: Channel, tensor: torch.Tensor, receiver: int) -> None:
+        # A tensor of its own: the caller may empty the one that it holds.
+        self.held.setdefault(task, []).append((channel, tensor.detach(), receiver))
+
+    def _send(self, task: Task) -> None:
+        """Send what ``task`` made, behind it in its lane."""
+        encodes = task.kind == "encode"
+        with self.lanes.encoders() if encodes else contextlib.nullcontext():
+            for channel, tensor, receiver in self.held.pop(task, ()):
+                channel.send(tensor, receiver)
+        if task.kind == "backward" and self.bubbles.stage == 0:
+            self._return(task.microbatch)
 
     def _run(self, task: Task, *, last: bool) -> None:
         if task.kind == "encode":
@@ -158,10 +184,9 @@ class Filled:
             parts.append(part)
         return parts
 
-    def returned(self) -> None:
-        """Hand the gradient of the microbatch that the first stage is done with to those who
-        encoded it."""
-        microbatch, self._returned = self._returned, self._returned + 1
+    def _return(self, microbatch: int) -> None:
+        """Hand the gradient of a microbatch that the first stage is done with to those who encoded
+        it. Ranks of this stage may do so for each other: they meet piece by piece."""
         leaf = self.leaf.pop(microbatch, None)
         if leaf is None:
             return
@@ -169,22 +194,26 @@ class Filled:
         share = self.batches.size // self.bubbles.sink.dp
         rank, split = self.bubbles.rank, self.bubbles.portions
         for portion in range(self.places.portions[microbatch]):
-            for piece in self._read(Task("encode", microbatch, portion)):
-                first = piece.start - self.replica * share
-                part = self._narrow(gradient, first, piece.stop - piece.start)
-                for reader in piece.ranks:
+            task = Task("encode_backward", microbatch, portion)
+            for piece in self._pieces(microbatch, portion):
+                readers = piece.ranks if piece.replica == self.replica else ()
+                for reader in readers:
                     if split.gradient_source(piece, reader) != rank:
                         continue
+                    first = piece.start - self.replica * share
+                    part = self._narrow(gradient, first, piece.stop - piece.start)
                     if reader == rank:
                         self.kept[microbatch, piece] = part, self.lanes.mark()
                     else:
                         self.bubbles.gradients.send(part, reader)
+                if rank in piece.ranks:
+                    self._ask_for(task, piece)
 
     def finish(self) -> None:
         """Run what is left after the last language task; then every gradient is complete."""
         with self.lanes.joined(), self.lanes.pipeline():
             self.before(len(self.places.before) - 1)
-        assert not self.encoded and not self.asked
+        assert not self.encoded and not self.asked and not self.held
         for channel in self.bubbles.channels:
             channel.flush()
         self.bubbles.ended()
@@ -224,7 +253,8 @@ class Filled:
             first += count
             for reader in split.readers[piece.replica]:
                 if reader != self.bubbles.rank and split.source(piece, reader) == self.bubbles.rank:
-                    self.bubbles.embeddings.send(part, reader)
+                    task = Task("encode", microbatch, portion)
+                    self._hold(task, self.bubbles.embeddings, part, reader)
         if not self.learns and self.bubbles.stage:
             del self.encoded[microbatch, portion]
 
@@ -244,18 +274,20 @@ class Filled:
     def _ask(self, task: Task) -> None:
         """Have peers' messages come, if none has been asked for: what ``task`` makes, if it
         encodes, else the gradient that it waits for."""
-        split, rank, channels = self.bubbles.portions, self.bubbles.rank, self.bubbles
+        encodes = task.kind == "encode"
+        for piece in self._read(task) if encodes else self._mine(task.microbatch, task.portion):
+            self._ask_for(task, piece)
+
+    def _ask_for(self, task: Task, piece: Piece) -> None:
+        split, rank = self.bubbles.portions, self.bubbles.rank
         if task.kind == "encode":
-            channel = channels.embeddings
-            sources = [(piece, split.source(piece, rank)) for piece in self._read(task)]
+            channel, source = self.bubbles.embeddings, split.source(piece, rank)
         else:
-            channel, mine = channels.gradients, self._mine(task.microbatch, task.portion)
-            sources = [(piece, split.gradient_source(piece, rank)) for piece in mine]
-        for piece, source in sources:
-            if source is not None and source != rank and (task, piece) not in self.asked:
-                buffer = self.rows.empty(piece.stop - piece.start)
-                arrival = channel.receive(buffer, source)
-                self.asked[task, piece] = buffer, arrival, self.lanes.mark()
+            channel, source = self.bubbles.gradients, split.gradient_source(piece, rank)
+        if source is not None and source != rank and (task, piece) not in self.asked:
+            buffer = self.rows.empty(piece.stop - piece.start)
+            arrival = channel.receive(buffer, source)
+            self.asked[task, piece] = buffer, arrival, self.lanes.mark()
 
     def _take(self, task: Task, piece: Piece) -> torch.Tensor | None:
         """What was asked for, for use on the current stream; None if nothing was."""

@@ -2,8 +2,9 @@
 
 Megatron's 1F1B asks its communicator for the input of every language task, with exactly one call
 before each: call number k comes before task k of ``passes.timeline.one_f_one_b``. So this
-communicator sends without waiting, runs what is to be done before task k, and waits for the input
-only then. The input may have been asked for before, while an earlier task was the next one.
+communicator hands on what is to be sent, runs what is to be done before task k, sends among it, and
+waits for the input only then. The input may have been asked for before, while an earlier task was
+the next one.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Between(Protocol):
         """Run what comes before language task number ``place`` of this stage. ``ask`` asks for the
         input of the next language task of a kind."""
 
-    def returned(self) -> None:
-        """The next microbatch's backward of this stage has run."""
+    def hand_on(self, kind: Kind, channel: Channel, tensor: torch.Tensor, receiver: int) -> None:
+        """What the next language task of ``kind`` hands on through ``channel``."""
 
 
 class FilledCommunicator(P2PCommunicator):
@@ -67,13 +68,12 @@ class FilledCommunicator(P2PCommunicator):
     def send_forward(self, output_tensors: Any, is_last_stage: bool) -> None:
         """Hand the output of a forward to the next stage."""
         if not is_last_stage:
-            self.onward.send(_only(output_tensors), self.next_rank)
+            self.between.hand_on("forward", self.onward, _only(output_tensors), self.next_rank)
 
     def send_backward(self, input_tensor_grads: Any, is_first_stage: bool) -> None:
         """Hand the output of a backward to the stage before."""
         if not is_first_stage:
-            self.back.send(_only(input_tensor_grads), self.prev_rank)
-        self.between.returned()
+            self.between.hand_on("backward", self.back, _only(input_tensor_grads), self.prev_rank)
 
     def send_forward_recv_backward(
         self, output_tensors: Any, tensor_shapes: Any, is_last_stage: bool

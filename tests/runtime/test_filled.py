@@ -11,9 +11,11 @@ import torch
 import colocc
 from colocc import Layout, LayoutError
 from colocc.passes.fill import fill
-from colocc.passes.timeline import Costs, Timeline
+from colocc.passes.timeline import Costs, Task, Timeline
 from colocc.runtime import bubbles, cpu
 from colocc.runtime.bubbles import Bubbles
+from colocc.runtime.captured import Captured
+from colocc.runtime.filled import Filled
 from colocc.testing import Run
 from tests import mimo
 from tests.harness import ProcessPool
@@ -385,3 +387,47 @@ def test_what_the_first_try_of_a_shape_finds_is_one_error_on_all(processes: Proc
     assert "schedule 'filled' needs rows of every sample, images makes none" in text
     assert failed == "rank 1: no kernel"
     assert good == "accepted"
+
+
+def test_what_is_held_outlives_the_output_that_the_schedule_empties() -> None:
+    filled: Any = object.__new__(Filled)
+    filled.held, output = {}, torch.arange(6.0)
+    filled._hold(Task("forward", 0), None, output, 1)
+    # As Megatron does with deallocate_pipeline_outputs.
+    output.data = torch.empty(1)
+    ((_, kept, _),) = filled.held[Task("forward", 0)]
+    assert kept.tolist() == list(range(6))
+
+
+def last_on_rank(_: int, layouts: dict[str, Layout]) -> tuple[list[int], int, bool]:
+    """At how many backwards the last one of the step was announced, and how many ran."""
+    found: list[int] = []
+    backwards = 0
+    backward, announced = Filled._backward, Captured.last_backward
+
+    def counted(self: Filled, microbatch: int, portion: int, *, last: bool) -> None:
+        nonlocal backwards
+        backwards += 1
+        backward(self, microbatch, portion, last=last)
+
+    def noted(self: Captured, *given: Any, **options: Any) -> Any:
+        found.append(backwards)
+        return announced(self, *given, **options)
+
+    with pytest.MonkeyPatch.context() as patch, cpu.ranks():
+        patch.setattr(Filled, "_backward", counted)
+        patch.setattr(Captured, "last_backward", noted)
+        with colocc.process_groups(layouts) as groups:
+            model = mimo.build(groups, layouts)
+            with colocc.compile(model, layouts, groups=groups, schedule="filled") as program:
+                program.forward_backward(batches(5), num_microbatches=5, loss_func=mimo.loss_func)
+                assert program.bubbles is not None
+                (places,) = program.bubbles._places.values()
+                return found, backwards, places.last_backward() is not None
+
+
+def test_the_last_backward_of_a_step_is_announced(processes: ProcessPool) -> None:
+    ranks = processes.run(2, partial(last_on_rank, layouts=layouts_of(*TWO)))
+    for found, backwards, at_the_end in ranks:
+        assert found == ([backwards] if at_the_end else [])
+    assert any(at_the_end for _, _, at_the_end in ranks)

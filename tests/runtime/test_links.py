@@ -30,7 +30,9 @@ Message = tuple[str, int, int, int]
 Event = tuple[str, Any]
 Log = dict[str, list[Event]]
 """What each lane of a rank does: post or wait for a message, mark or take, meet its peers; as
-"host", all posts in the order of the host, which is that of the queues."""
+"host", all posts in the order of the host, which is that of the queues; as "all", everything in
+that order."""
+ORDERED = {"host", "all"}
 
 
 def portions(layouts: dict[str, Layout]) -> Portions:
@@ -64,6 +66,7 @@ class Recorder:
 
     def add(self, event: str, what: Any) -> None:
         self.log[self.lane].append((event, what))
+        self.log["all"].append((event, what))
 
     def message(self, channel: Channel, sender: int, receiver: int) -> Message:
         place = (self.kinds[id(channel)], sender, receiver)
@@ -153,13 +156,21 @@ def recorded_on_rank(
     return dict(recorder.log)
 
 
+def waiting(log: Log) -> Log:
+    """``log`` where the host waits after each step for all that it has launched."""
+    steps: list[Event] = []
+    for event, what in log["all"]:
+        steps += [(event, what), ("wait", what)] if event == "post" else [(event, what)]
+    return {"one lane": steps, "host": log["host"]}
+
+
 def stuck(logs: list[Log], language: Layout, *, one_queue: bool) -> list[str]:
     """What the lanes wait for when nothing goes on any more, if messages are NCCL's: a send ends
     with its receive, and of those between two ranks in one group, only the oldest can.
 
     ``one_queue``: a group carries messages of both directions.
     """
-    at = {(rank, lane): 0 for rank, log in enumerate(logs) for lane in log if lane != "host"}
+    at = {(rank, lane): 0 for rank, log in enumerate(logs) for lane in log if lane not in ORDERED}
     queues: dict[Any, list[Message]] = defaultdict(list)
     for rank, log in enumerate(logs):
         for _, message in log["host"]:
@@ -234,12 +245,22 @@ def test_messages_that_wait_for_each_other_come_to_an_end(
     assert stuck(logs, layouts["language"], one_queue=False) == []
 
 
+@pytest.mark.parametrize("case", [QUEUED[1], QUEUED[2], ((2, 2), (1, 2, 2), ORDERS[0]), QUEUED[-1]])
+def test_hosts_that_wait_for_what_they_launched_come_to_an_end(
+    processes: ProcessPool, case: tuple[tuple[int, int], tuple[int, int, int], str]
+) -> None:
+    layouts = layouts_of(*case)
+    work = partial(recorded_on_rank, layouts=layouts, schedule="filled", count=6, apart=True)
+    logs = processes.run(layouts["language"].size, work)
+    assert stuck(list(map(waiting, logs)), layouts["language"], one_queue=False) == []
+
+
 def test_a_message_waits_in_the_lane_of_its_tasks(processes: ProcessPool) -> None:
     layouts = layouts_of((1, 4), (1, 4, 1), ORDERS[0])
     work = partial(recorded_on_rank, layouts=layouts, schedule="filled", count=6, apart=True)
     for rank, log in enumerate(processes.run(4, work)):
         lanes = defaultdict(set)
-        for lane in log.keys() - {"host"}:
+        for lane in log.keys() - ORDERED:
             for event, what in log[lane]:
                 if event == "post":
                     kind, sender, _, _ = what
@@ -257,15 +278,15 @@ def test_a_buffer_is_taken_over_by_the_lane_that_waits_for_it(processes: Process
     for log in processes.run(4, work):
         marks = {
             what: after
-            for lane in log.keys() - {"host"}
+            for lane in log.keys() - ORDERED
             for (event, what), after in itertools.pairwise(log[lane])
             if event == "post"
         }
         # Its memory is of the other lane, which must not have it back too soon.
-        for (event, message), after in itertools.pairwise(log["encoders"]):
+        for before, (event, message) in itertools.pairwise(log["encoders"]):
             if event == "wait":
                 made, mark = marks[message]
-                assert (made, after) == ("mark", ("take", mark))
+                assert (made, before) == ("mark", ("take", mark))
                 taken += 1
     # The gradients of what was encoded on other stages than the first.
     assert taken >= 3
@@ -300,12 +321,17 @@ def test_encoders_begin_behind_what_the_timeline_has_before_them(processes: Proc
         assert 0 < behind[-1] <= tasks
 
 
-def test_in_one_queue_they_would_not(processes: ProcessPool) -> None:
+def test_in_another_order_they_would_not(processes: ProcessPool) -> None:
     layouts = layouts_of((2, 2), (1, 2, 2), ORDERS[0])
     work = partial(recorded_on_rank, layouts=layouts, schedule="filled=1", count=6, apart=False)
     logs = processes.run(4, work)
-    assert stuck(logs, layouts["language"], one_queue=False) == []
-    assert "gradients" in " ".join(stuck(logs, layouts["language"], one_queue=True))
+    # What is sent and asked for in one order could share a queue both ways.
+    for one_queue in (False, True):
+        assert stuck(logs, layouts["language"], one_queue=one_queue) == []
+    posts = logs[0]["host"]
+    first = next(at for at, (_, what) in enumerate(posts) if what[0] == "gradients")
+    posts.append(posts.pop(first))
+    assert "gradients" in " ".join(stuck(logs, layouts["language"], one_queue=False))
 
 
 def refused_on_rank(_: int, layouts: dict[str, Layout], bound: bool) -> str:
