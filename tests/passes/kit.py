@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,15 +12,7 @@ from torch import nn
 
 from colocc.layout import Layout
 from colocc.passes import run
-from colocc.passes.fill import cuts
 from colocc.passes.graph import Graph
-
-
-def every_cut(choices: Sequence[int], stages: int, microbatches: int) -> list[tuple[int, ...]]:
-    """Steps in which all microbatches have as many portions, and all with more at the ends."""
-    alike = [(count,) * microbatches for count in choices]
-    most = max(choices)
-    return alike + [cut for count in choices for cut in cuts(count, most, stages, microbatches)]
 
 
 def refusal(kind: type[Exception], call: Callable[[], object]) -> str:

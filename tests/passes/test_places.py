@@ -8,7 +8,7 @@ import pytest
 from colocc.passes.fill import fill
 from colocc.passes.places import Ask, Places, Send, Step, places_of, places_of_forwards
 from colocc.passes.timeline import LANGUAGE, Costs, Span, Task, Timeline, inputs
-from tests.passes.kit import every_cut
+from tests.passes.every_cut import every_cut
 
 
 def spans(text: str) -> tuple[Span, ...]:

@@ -16,7 +16,7 @@ from colocc.passes.timeline import (
     one_f_one_b,
     three_phase_length,
 )
-from tests.passes.kit import every_cut
+from tests.passes.every_cut import every_cut
 
 
 def costs_of(share: float) -> Costs:

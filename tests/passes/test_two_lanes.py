@@ -10,7 +10,7 @@ import pytest
 from colocc.passes.fill import fill, interrupted
 from colocc.passes.timeline import LANGUAGE, Costs, Task, Timeline, inputs, one_f_one_b
 from colocc.passes.two_lanes import LANGUAGE_SHARE, Listed, TwoLanes
-from tests.passes.kit import every_cut
+from tests.passes.every_cut import every_cut
 
 # Of 2.0B + 1.3B on two H200, in ms: the last stage has the logits, too.
 LARGE = Costs(13.3, 26.7, 15.0, 31.0, 2.0, 4.0, (0.825, 1.0))
