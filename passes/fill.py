@@ -80,9 +80,9 @@ def fill(
             timeline = TwoLanes(_pipeline(work), work, portions, costs).play()
             if work.is_done():
                 found.append(timeline)
-    shortest = min(timeline.length for timeline in found)
+    least = min(timeline.length for timeline in found)
     return min(
-        (timeline for timeline in found if timeline.length <= NEAR * shortest),
+        (timeline for timeline in found if timeline.length <= NEAR * least),
         key=lambda timeline: (interrupted(timeline), timeline.length),
     )
 

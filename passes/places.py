@@ -54,15 +54,16 @@ def places_of(timeline: Timeline, stage: int, portions: tuple[int, ...]) -> Plac
     have yet to launch: so also hosts that wait for their GPUs, as CUDA may have them do, go on.
     """
     before: list[list[Step]] = [[]]
-    for event in _in_order(timeline, portions):
+    stage_of = _stage_of(timeline)
+    for event in _in_order(timeline, stage_of, portions):
         if event.at == stage and event.starts:
             if event.task.kind in LANGUAGE:
                 before.append([])
             else:
                 before[-1].append(event.task)
         elif not event.starts:
-            before[-1] += _messages(event, timeline, stage, portions)
-    return Places(before, _stage_of(timeline), portions)
+            before[-1] += _messages(event, stage, stage_of, portions)
+    return Places(before, stage_of, portions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,27 +75,28 @@ class _Event:
     starts: bool
 
 
-def _in_order(timeline: Timeline, portions: tuple[int, ...]) -> list[_Event]:
+def _in_order(
+    timeline: Timeline, stage_of: dict[tuple[int, int], int], portions: tuple[int, ...]
+) -> list[_Event]:
     """All starts and ends in the order of their times; of those at one time, ends are first, but
     nothing before what it waits for: a task may take no time."""
-    where, stages = _stage_of(timeline), len(timeline.stages)
     times: dict[_Event, tuple[float, bool, int, int]] = {}
     waits: dict[_Event, int] = {}
     then: dict[_Event, list[_Event]] = defaultdict(list)
     for at, spans in enumerate(timeline.stages):
-        before: list[_Event] = []
+        previous: list[_Event] = []
         for index, span in enumerate(spans):
             start, end = (_Event(span.task, at, starts) for starts in (True, False))
             times[start], times[end] = (span.start, True, at, index), (span.end, False, at, index)
-            needs = before + [
-                _Event(need, where[need.microbatch, need.portion] if of is None else of, False)
-                for need, of in inputs(span.task, at, stages, portions)
+            needs = previous + [
+                _Event(need, stage_of[need.microbatch, need.portion] if of is None else of, False)
+                for need, of in inputs(span.task, at, len(timeline.stages), portions)
             ]
             for event, wanted in ((start, needs), (end, [start])):
                 waits[event] = len(wanted)
                 for need in wanted:
                     then[need].append(event)
-            before = [start]
+            previous = [start]
     ready = [(times[event], event) for event, count in waits.items() if not count]
     heapq.heapify(ready)
     found = []
@@ -109,7 +111,7 @@ def _in_order(timeline: Timeline, portions: tuple[int, ...]) -> list[_Event]:
 
 
 def _messages(
-    event: _Event, timeline: Timeline, stage: int, portions: tuple[int, ...]
+    event: _Event, stage: int, stage_of: dict[tuple[int, int], int], portions: tuple[int, ...]
 ) -> list[Step]:
     """What ``stage`` sends and may get at the end of a task."""
     task, at = event.task, event.at
@@ -121,12 +123,11 @@ def _messages(
     if (task.kind, at) in (("forward", stage - 1), ("backward", stage + 1)):
         found.append(Ask(task))
     if task.kind == "backward" and at == 0:
-        mine = [span.task for span in timeline.stages[stage]]
-        wanted = [
-            Task("encode_backward", task.microbatch, portion)
+        found += [
+            Ask(Task("encode_backward", task.microbatch, portion))
             for portion in range(portions[task.microbatch])
+            if stage_of[task.microbatch, portion] == stage
         ]
-        found += [Ask(other) for other in wanted if other in mine]
     return found
 
 

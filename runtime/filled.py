@@ -140,7 +140,7 @@ class Filled:
             for portion in range(self.places.portions[microbatch])
         ]
         for task in tasks:
-            self._ask(task)
+            self._ask(task)  # in a step of forwards alone, nobody has
         found = [(task, piece) for task in tasks for piece in self._read(task)]
         mine = [self._arrived(*place) for place in found]
         parts = self._handed_on([piece for _, piece in found], mine)
@@ -318,7 +318,6 @@ class Filled:
         mine, task = self._mine(microbatch, portion), Task("encode_backward", microbatch, portion)
         if not mine:
             return
-        self._ask(task)
         value, parts = self.encoded.pop((microbatch, portion)), []
         for piece in mine:
             part = self._take(task, piece)

@@ -157,13 +157,14 @@ def test_the_window_bounds_what_is_alive(
                 assert span.task.microbatch < finished + window
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("share", [0.05, 0.4, 3.0])
 @pytest.mark.parametrize(("stages", "portions", "window"), [(2, 1, 4), (2, 2, 3), (4, 4, 6)])
 def test_a_stage_holds_its_part_of_the_window(
-    stages: int, portions: int, window: int, share: float
+    stages: int, portions: int, window: int, share: float, apart: bool
 ) -> None:
     for cut in every_cut([portions, 2 * portions], stages, 8):
-        for spans in fill(stages, cut, costs_of(share), window=window).stages:
+        for spans in fill(stages, cut, costs_of(share), window=window, apart=apart).stages:
             held = Fraction()
             for span in spans:
                 if span.task.kind == "encode":
@@ -175,8 +176,15 @@ def test_a_stage_holds_its_part_of_the_window(
                     held -= Fraction(1, cut[span.task.microbatch])
 
 
-def test_a_stage_goes_back_in_the_order_in_which_it_encoded() -> None:
-    for spans in fill(4, (8, *(4,) * 14, 8), costs_of(0.8)).stages:
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.8, 3.0])
+@pytest.mark.parametrize(
+    ("stages", "portions"), [(2, (1,) * 8 + (2,)), (4, (4,) * 15 + (8,)), (4, (8, *(4,) * 14, 8))]
+)
+def test_a_stage_goes_back_in_the_order_in_which_it_encoded(
+    stages: int, portions: tuple[int, ...], share: float, apart: bool
+) -> None:
+    for spans in fill(stages, portions, costs_of(share), apart=apart).stages:
         for kind in ("encode", "encode_backward"):
             order = [(s.task.microbatch, s.task.portion) for s in spans if s.task.kind == kind]
             assert order == sorted(order)

@@ -2,8 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
-from math import ceil
 
 import pytest
 
@@ -127,37 +125,6 @@ def test_a_timeline_on_two_lanes_is_possible(
         timeline = fill(stages, portions, costs, apart=True)
         check(timeline, stages, portions, costs)
         assert runs_in_any_case(timeline, stages, portions)
-
-
-@pytest.mark.parametrize("share", [0.05, 0.4, 3.0])
-@pytest.mark.parametrize(("stages", "portions", "window"), [(2, 1, 4), (2, 2, 3), (4, 4, 6)])
-def test_a_stage_holds_its_part_of_the_window(
-    stages: int, portions: int, window: int, share: float
-) -> None:
-    costs = Costs(1.0, 2.0, share, 2.0 * share)
-    for cut in every_cut([portions, 2 * portions], stages, 8):
-        for spans in fill(stages, cut, costs, window=window, apart=True).stages:
-            held = Fraction()
-            for span in spans:
-                if span.task.kind == "encode":
-                    count = cut[span.task.microbatch]
-                    held += Fraction(1, count)
-                    # As many portions of its size as reach the stage's part.
-                    assert held * count <= ceil(Fraction(window * count, stages))
-                elif span.task.kind == "encode_backward":
-                    held -= Fraction(1, cut[span.task.microbatch])
-
-
-@pytest.mark.parametrize("share", [0.05, 0.4, 3.0])
-@pytest.mark.parametrize(("stages", "microbatches", "portions"), [(2, 9, 1), (4, 16, 4)])
-def test_a_stage_goes_back_in_the_order_in_which_it_encoded(
-    stages: int, microbatches: int, portions: int, share: float
-) -> None:
-    costs, cut = Costs(1.0, 2.0, share, 2.0 * share), (portions,) * (microbatches - 1)
-    for spans in fill(stages, (*cut, 2 * portions), costs, apart=True).stages:
-        for kind in ("encode", "encode_backward"):
-            order = [(s.task.microbatch, s.task.portion) for s in spans if s.task.kind == kind]
-            assert order == sorted(order)
 
 
 class Split:

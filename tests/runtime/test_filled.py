@@ -90,26 +90,12 @@ def uneven_on_rank(rank: int, **given: Any) -> list[Run]:
         return steps_on_rank(rank, **given)
 
 
-@pytest.mark.parametrize(
-    ("encoder", "language", "order"), [TWO, ((1, 4), (2, 2, 1), ORDERS[1]), LEGAL[-1]]
-)
+@pytest.mark.parametrize("case", [TWO, ((1, 4), (2, 2, 1), ORDERS[1]), LEGAL[-1]])
 def test_every_microbatch_has_its_own_portions(
-    processes: ProcessPool,
-    reference: Oracle,
-    encoder: tuple[int, int],
-    language: tuple[int, int, int],
-    order: str,
+    processes: ProcessPool, reference: Oracle, case: Any
 ) -> None:
-    layouts = layouts_of(encoder, language, order)
-    check(
-        processes,
-        reference,
-        layouts,
-        (1, 5),
-        schedule="filled",
-        detail=True,
-        on_rank=uneven_on_rank,
-    )
+    how: dict[str, Any] = {"schedule": "filled", "detail": True, "on_rank": uneven_on_rank}
+    check(processes, reference, layouts_of(*case), (1, 5), **how)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
