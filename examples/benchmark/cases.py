@@ -73,6 +73,9 @@ MODELS = {
     "0.3B + 2.7B": Model(Tower(24, 1024, 16), Tower(32, 2560, 20)),
     "2.0B + 1.3B": Model(Tower(40, 2048, 16), Tower(24, 2048, 16)),
     "1.0B + 6.7B": Model(Tower(24, 1920, 20), Tower(32, 4096, 32)),
+    "0.3B + 2.7B, 32k": Model(
+        Tower(24, 1024, 16), Tower(32, 2560, 20), length=32768, patches=16384
+    ),
     "1.0B + 6.7B, 32k": Model(
         Tower(24, 1920, 20), Tower(32, 4096, 32), length=32768, patches=16384
     ),
@@ -152,6 +155,7 @@ FILLED = (
 )
 SMALL, LARGE = "0.3B + 2.7B", "2.0B + 1.3B"
 BIG, LONG = "1.0B + 6.7B", "1.0B + 6.7B, 32k"
+LONG_SMALL = "0.3B + 2.7B, 32k"
 
 
 def _pp1(model: str, images: str, language: str, batch: int = 16) -> Case:
@@ -201,6 +205,8 @@ SETS: dict[str, tuple[Case, ...]] = {
         Case(BIG, "tp1 dp4", "tp4", 16, 4, ("three_phase+graphs", *COLOCATED)),
         Case(BIG, "tp1 dp4", "tp2 pp2", 16, 8, FILLED),
         Case(BIG, "tp1 dp4", "tp1 pp4", 16, 8, FILLED),
+        Case(LONG_SMALL, "tp1 dp4", "tp2 cp2 zigzag", 4, 4, WHOLE),
+        Case(LONG_SMALL, "tp1 dp4", "cp4 zigzag", 4, 4, WHOLE),
     ),
     "eight": (
         Case(BIG, "tp2 dp4", "tp4 dp2", 32, 4, COLOCATED),
