@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 
 from examples.benchmark import report
-from examples.benchmark.cases import SETS, Case
+from examples.benchmark.cases import MODELS, SETS, Case
 
 # Segments that can grow.
 SETTINGS = {
@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         cases = [replace(case, arms=tuple(options.arms)) for case in cases]
     if options.cases:
         cases = [cases[index] for index in options.cases]
+    if options.model:
+        cases = [replace(case, model=options.model) for case in cases]
     return write(measure(cases, options), options)
 
 
@@ -75,6 +77,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
     parser.add_argument("--cases", type=int, nargs="*", help="only these, by place in the sets")
     parser.add_argument("--arms", nargs="*", help="instead of those of the cases")
+    parser.add_argument("--model", choices=MODELS, help="instead of those of the cases")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument(

@@ -82,6 +82,10 @@ MODELS = {
     "tiny": Model(
         Tower(2, 32, 4), Tower(4, 32, 4), length=24, patches=8, features=12, vocabulary=96
     ),
+    # Of a size that the layouts of eight ranks divide.
+    "toy": Model(
+        Tower(2, 64, 8), Tower(8, 64, 8), length=64, patches=32, features=12, vocabulary=96
+    ),
 }
 
 

@@ -1,5 +1,7 @@
 """Covers examples/benchmark/cases.py: sizes, floating point operations, and the cases."""
 
+from dataclasses import replace
+
 import pytest
 
 from examples.benchmark.cases import MODELS, SETS, Case, Tower
@@ -50,6 +52,17 @@ def test_cases_fit_their_ranks_and_survive_json(ranks: int, case: Case) -> None:
     assert case.batch % case.microbatches == 0
     megatron = "megatron" in case.arms
     assert not (megatron and case.layouts["language"].pp > 1)
+
+
+@pytest.mark.parametrize("case", SETS["four"] + SETS["eight"], ids=str)
+def test_a_toy_fits_the_layouts_of_eight_ranks(case: Case) -> None:
+    for one in (case, *(case.homogeneous(arm) for arm in case.arms if "homogeneous" in arm)):
+        toy = replace(one, model="toy")
+        for name, layout in toy.layouts.items():
+            tower = getattr(toy.sizes, name)
+            assert tower.heads % layout.tp == 0
+            assert name == "images" or tower.layers % layout.pp == 0
+            assert toy.sizes.length % (2 * layout.cp) == 0
 
 
 @pytest.mark.parametrize("name", ["0.3B + 2.7B", "2.0B + 1.3B"])

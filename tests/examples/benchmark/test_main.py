@@ -34,10 +34,11 @@ def test_every_arm_trains_alike(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_an_arm_that_fails_is_left_out_and_named(tmp_path: Path) -> None:
-    arms = ["--arms", "lookahead=3", "three_phase", "lookahead=0"]
+    arms = ["--model", "toy", "--arms", "lookahead=3", "three_phase", "lookahead=0"]
     code = main(["tiny", "--cases", "0", "--out", str(tmp_path), "--steps", "1", *arms])
     assert code == 0, (tmp_path / "ranks.log").read_text()
     (result,) = json.loads((tmp_path / "results.json").read_text())
+    assert result["case"]["model"] == "toy"
     assert "schedule 'lookahead=0' is not known" in result["arms"]["lookahead=0"]["failed"]
     assert len(result["arms"]["three_phase"]["seconds"]) == 1
 
