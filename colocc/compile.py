@@ -63,15 +63,16 @@ def compile(
     ``groups`` are those that the model was built with; without them, equal ones are shared or
     opened.
     ``example_inputs`` is one global batch (tensors on any device, or meta): with it the page shows
-    sizes and bytes; a MimoModel needs none. ``batch_dims`` names the dim that holds the samples
-    where it is not 0: a number, ``Rows(dim)`` where a sample has several rows, None where all
-    samples share the input, ``Items(module)`` where dim 0 holds items of which a sample has any
-    number. ``sequence_dims`` names the dim that holds the sequence, of inputs and
-    of modules' outputs: layouts with cp or sp then read and make their part of it, instead of all.
-    Redistributions between nodes of ``ranks_per_node`` ranks cross with each byte once.
-    ``reductions`` overrides how a module's gradients are reduced over its dp axis. ``rows`` gives,
-    of modules whose items (images, clips) make different numbers of rows, a function from one
-    microbatch's inputs to the rows of each item.
+    sizes and bytes, and code between the modules is recorded; a MimoModel needs none.
+    ``batch_dims`` names the dim that holds the samples where it is not 0: a number, ``Rows(dim)``
+    where a sample has several rows, None where all samples share the input, ``Items(module)`` where
+    dim 0 holds items of which a sample has any number. ``sequence_dims`` names the dim that holds
+    the sequence, of inputs and of modules' outputs: layouts with cp or sp then read and make their
+    part of it, instead of all. Redistributions between nodes of ``ranks_per_node`` ranks cross with
+    each byte once. ``reductions`` overrides how a module's gradients are reduced over its dp axis:
+    "mean", or "sum" as with Megatron's calculate_per_token_loss; by default its config is asked.
+    ``rows`` gives, of modules whose items (images, clips) make different numbers of rows, a
+    function from one microbatch's inputs to the rows of each item.
 
     ``balance`` deals the samples of such modules, inside a replica of the reader, to the slots that
     encode them: longest first, by their rows; without it they stay in order. ``batches`` is
@@ -80,21 +81,26 @@ def compile(
 
     ``schedule`` orders the work of ``forward_backward``: "three_phase" encodes the whole step
     first; "lookahead=2", at pp = 1, encodes 2 microbatches at a time, which bounds the memory of
-    the encoders' activations; "filled", at pp > 1, encodes in the bubbles of the pipeline, if every
-    tp group of the encoder lies inside one of its stages; "filled=2,6" in 2 portions a microbatch,
-    with the encoder's activations of 6 microbatches alive.
+    the encoders' activations; "filled", at pp > 1, encodes in the bubbles of the pipeline, if there
+    is one encoder, each of its tp and cp groups lies inside one stage, samples have equally many
+    rows and no sequence is cut; "filled=2,6" in 2 portions a microbatch, with the encoder's
+    activations of 6 microbatches alive.
 
     ``cuda_graphs`` replays the encoders' forward and backward as CUDA graphs, which frees the host
     from launching their kernels and keeps their activations allocated. An encoder that cannot be
-    captured (tp, cp or ep inside it, dropout, recomputation, inputs of many shapes, waits for the
-    device, no GPU) runs without, with a warning that says why. With DDP's ``overlap_grad_reduce``
-    buckets are reduced beside the last backward of a step, with ``overlap_param_gather`` weights
-    are gathered while the batch is looked at.
+    captured (tp or cp inside it, dropout, recomputation, fp8, weights to train outside Megatron's
+    DDP, inputs on the host or of more than 4 shapes, waits for the device, no GPU) runs without,
+    with a warning that says why. With DDP's ``overlap_grad_reduce`` buckets are reduced beside the
+    last backward of a step, with ``overlap_param_gather`` weights are gathered while the batch is
+    looked at.
 
     ``check`` says what is looked at before a step: with "every", all ranks ask one another, on the
     host, whether their batches are alike and without errors, before the step and after each
     encoding, so that an error of one rank is one error on all; "finite" looks for NaN and inf in
     the inputs, too, and waits for the device; "first" compares the first batch alone.
+
+    ``timeout`` is that of the process groups which are opened here. COLOCC_DUMP in the environment
+    names a folder for a page after each pass.
 
     Collective. Without an initialised torch.distributed the program can be printed, not run.
 

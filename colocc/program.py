@@ -331,7 +331,8 @@ class Program(Modules, Traced):
 
         Takes ``num_microbatches`` global microbatches from ``batches``. ``loss_func`` gets what the
         model's forward returns and follows Megatron's contract: it returns (loss sum, tokens, log),
-        or (loss, log). Returns the logs on the last stage, [] elsewhere.
+        or (loss, log). The other options are those of Megatron's schedules; ``seq_length`` is told
+        from the batch. Returns the logs on the last stage, [] elsewhere.
 
         Raises: LayoutError, before any collective, for batches that cannot be cut or modules that
         nothing would reduce.

@@ -62,10 +62,15 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Exits with a message for numbers that do not fit together."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("mode", nargs="?", choices=("run", "demo"), default="run")
     parser.add_argument(
-        "--layout", action="append", type=layout_argument, default=[], metavar="images=tp2,dp4"
-    )
+        "mode", nargs="?", choices=("run", "demo"), default="run",
+        help="demo starts the ranks itself: 8 on the CPU, or one for each GPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layout", action="append", type=layout_argument, default=[], metavar="images=tp2,dp4",
+        help="of images or language; left out: dp over all ranks, in a demo of 8 tp2,pp2,dp2 "
+        "for language",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--global-batch", type=int, default=128)
     parser.add_argument("--microbatches", type=int, default=4)

@@ -273,7 +273,8 @@ def process_groups(
     """Return Megatron's process groups for each module's layout.
 
     A HyperCommGrid or DeviceMesh may stand for a Layout: the groups that it has are used, and so
-    are those of Megatron's ``parallel_state``. Collective on the default group.
+    are those of Megatron's ``parallel_state``. ``timeout`` is that of the groups which are opened.
+    Collective on the default group.
 
     Raises: LayoutError, the same on every rank, if the ranks were given different layouts or the
     world is not the product of a layout's axes.

@@ -203,8 +203,9 @@ def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
 def compare(
     runs: Sequence[Run], reference: Run, *, tolerance: float = 1e-5, noise: float = 1e-12
 ) -> dict[str, float]:
-    """Return the worst relative L2 of each gradient, of the inputs and of the loss over all ranks.
+    """Return the worst relative L2 of each gradient and of the inputs over all ranks.
 
+    Losses are not compared: each replica has its share.
     ``noise`` is the size below which a reference gradient is zero but for rounding (a key's bias
     under softmax): such a gradient is compared absolutely.
     Raises: AssertionError naming every tensor above ``tolerance``, and those missing or unexpected.

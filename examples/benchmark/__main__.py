@@ -76,14 +76,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
     parser.add_argument("--cases", type=int, nargs="*", help="only these, by place in the sets")
-    parser.add_argument("--arms", nargs="*", help="instead of those of the cases")
+parser.add_argument("--arms", nargs="*", help="instead of those of the cases; see cases.py")
     parser.add_argument("--model", choices=MODELS, help="instead of those of the cases")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10, help="of each arm")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before these, not counted")
     parser.add_argument(
-        "--seconds", type=float, default=60.0, help="of steps in a case; 3 of each arm are run"
+        "--seconds", type=float, default=60.0, help="of steps in a case; each arm runs at least 3"
     )
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, help="4 for the set four, 8 for eight")
     parser.add_argument("--overlap", action="store_true", help="DDP's overlap_grad_reduce")
     parser.add_argument("--profile", action="store_true", help="a step of each arm, profiled")
     parser.add_argument("--trace", action="store_true", help="a step of each program, in traces/")

@@ -155,7 +155,10 @@ Every arm of a case runs on the same weights, data and process groups; arms take
 A step is gradients to zero, forward, backward and optimizer, on all ranks; the table has the median
 and half of what the middle half of the steps spans. FLOPs count 6 for each weight and token, and
 12 * hidden * length^2 for each layer and sample of attention. T* is what the encoder and the
-language module take alone, with the encoder in the pipeline's bubbles as far as it fits.
+language module take alone, with the encoder in the pipeline's bubbles as far as it fits. A line
+`arm / other` below a table is the median of that ratio step by step, not the quotient of two
+medians; where the arms have models of their own (`homogeneous`, `first_stage`), they ran at other
+times, and it is over the other's median.
 
 {measured}
 ## Predicted

@@ -1,8 +1,9 @@
 """Layouts on GPUs and NCCL against the float64 oracle, in fp32 and bf16.
 
-torchrun --nproc-per-node 8 --local-ranks-filter 0 -m pytest tests/gpus
+    export CUDA_DEVICE_MAX_CONNECTIONS=32      # for filled
+    torchrun --nproc-per-node 8 --local-ranks-filter 0 -m pytest tests/gpus
 
-On 8 ranks the tuples are those of design section 7; on 4 and 2 those that fit.
+On 8 ranks the tuples are those of tests/oracle.py; on 4 and 2 those that fit.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ OLD_ORDER = "tp-cp-pp-dp"
 WHOLE = ("sample",)
 SEQUENCE = ("sample", "sequence")
 ROWS = ("sample", "row", "position")
-# Encoder tp, dp and language tp, pp, dp of design section 7, on 8 ranks.
+# Encoder tp, dp and language tp, pp, dp, on 8 ranks.
 TUPLES = (
     ((2, 4), (4, 1, 2)),
     ((4, 2), (2, 1, 4)),
