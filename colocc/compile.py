@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +89,11 @@ def compile(
 
     ``cuda_graphs`` replays the encoders' forward and backward as CUDA graphs, which frees the host
     from launching their kernels and keeps their activations allocated. An encoder that cannot be
-    captured (tp or cp inside it, dropout, recomputation, fp8, weights to train outside Megatron's
-    DDP, inputs on the host or of more than 4 shapes, waits for the device, no GPU) runs without,
-    with a warning that says why. With DDP's ``overlap_grad_reduce`` buckets are reduced beside the
-    last backward of a step, with ``overlap_param_gather`` weights are gathered while the batch is
-    looked at.
+    captured (tp, cp or ep inside it, dropout, recomputation, fp8, weights to train outside
+    Megatron's DDP, inputs on the host or of more than 4 shapes, waits for the device, no GPU) runs
+    without, with a warning that says why. With DDP's ``overlap_grad_reduce`` buckets are reduced
+    beside the last backward of a step, with ``overlap_param_gather`` weights are gathered while the
+    batch is looked at.
 
     ``check`` says what is looked at before a step: with "every", all ranks ask one another, on the
     host, whether their batches are alike and without errors, before the step and after each
@@ -127,7 +128,7 @@ def compile(
             "ranks_per_node": ranks_per_node,
             "rows": rows,
         }
-        graph = _build(model, plain, example_inputs, means, options)
+        graph = _build(model, plain, example_inputs, means, options, schedule)
         _check_rows(graph, rows or {})
         order = Schedule.parse(schedule, (graph.sink, plain[graph.sink]))
         if order.kind == "filled":
@@ -138,7 +139,7 @@ def compile(
             raise LayoutError(f"batches is {batches!r}: write 'global' or 'local'")
         if batches == "local":
             check_local(graph, order.kind, checks)
-        found = graph, _specialized(graph)
+        found = graph, _specialized(graph, schedule)
     except Exception as problem:  # noqa: BLE001 - agreed on below, then raised on every rank
         error = problem
     text = (
@@ -179,13 +180,13 @@ def _check_groups(groups: ProcessGroups | None, layouts: dict[str, Layout]) -> N
         )
 
 
-def _specialized(graph: Graph) -> Graph | None:
+def _specialized(graph: Graph, schedule: str) -> Graph | None:
     """The part of this rank; None where there are no ranks."""
     if not dist.is_initialized():
         return None
     rank = dist.get_rank()
     mine = passes.specialize(graph, rank=rank)
-    passes.check(mine, "specialize", (lambda graph, after: _dump(graph, after, rank),))
+    passes.check(mine, "specialize", (partial(_dump, schedule=schedule, rank=rank),))
     return mine
 
 
@@ -195,6 +196,7 @@ def _build(
     example_inputs: Mapping[str, Any] | None,
     overrides: Mapping[str, Reduction],
     options: Mapping[str, Any],
+    schedule: str,
 ) -> Graph:
     traits = megatron.traits_of(model, example_inputs)
     for name, dim in options["batch_dims"].items():
@@ -217,7 +219,7 @@ def _build(
         reductions=reductions,
         example_inputs=example_inputs,
         traits=traits,
-        between=(_dump,),
+        between=(partial(_dump, schedule=schedule),),
         **options,
     )
 
@@ -301,11 +303,11 @@ def _digest(graph: Graph) -> str:
     return f"{layouts_text(graph.layouts)}, graph {hashlib.sha256(seen.encode()).hexdigest()[:16]}"
 
 
-def _dump(graph: Graph, after: str, rank: int | None = None) -> None:
+def _dump(graph: Graph, after: str, *, schedule: str, rank: int | None = None) -> None:
     """Write the page after a pass into the folder that COLOCC_DUMP names, if it names one."""
     folder = os.environ.get("COLOCC_DUMP")
     if not folder or (rank is None and dist.is_initialized() and dist.get_rank() != 0):
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     name = f"{PASSES.index(after) + 1:02d}_{after}" + (f".rank{rank}" if rank is not None else "")
-    Path(folder, f"{name}.txt").write_text(page(graph, after))
+    Path(folder, f"{name}.txt").write_text(page(graph, after, schedule))

@@ -178,7 +178,7 @@ class Program(Modules, Traced):
         return megatron.no_rows(self.model).requires_grad_(learns)
 
     def __str__(self) -> str:
-        return page(self.graph)
+        return page(self.graph, schedule=str(self.schedule))
 
     def ranks(self, name: str) -> str:
         """Which part of the samples each rank holds before and after the redistribution

@@ -24,13 +24,13 @@ PAGE_WIDTH, CALL_WIDTH = 100, 28
 PASSES = ("capture", "propagate", "merge", "redistribute", "phases", "specialize")
 
 
-def page(graph: Graph, after: str = "phases") -> str:
-    """The whole page of ``graph``."""
+def page(graph: Graph, after: str = "phases", schedule: str = "three_phase") -> str:
+    """The whole page of ``graph``, whose phases ``schedule`` orders."""
     place = f"{PASSES.index(after) + 1}/{len(PASSES)} " if after in PASSES else ""
     lines = [f"graph {graph.name}    world {graph.world}    after {place}{after}", ""]
     lines += ["layouts", *_layouts(graph), ""]
     if any("phase" in node.meta for node in graph.fx.nodes):
-        lines += _phases(graph)
+        lines += _phases(graph, schedule)
     else:
         lines += _nodes(graph, graph.nodes)
     lines += _guards(graph)
@@ -53,13 +53,14 @@ def _layouts(graph: Graph) -> list[str]:
     return _table(rows, indent="  ")
 
 
-def _phases(graph: Graph) -> list[str]:
+def _phases(graph: Graph, schedule: str) -> list[str]:
+    forward, backward = _when(schedule)
     encode = [node for node in graph.nodes if node.meta["phase"] == "encode"]
     language = [node for node in graph.nodes if node.meta["phase"] == "language"]
     names = sorted({node.meta["module"] for node in encode} - {graph.sink})
     lines, number = [], 1
     if encode:
-        lines += ["phase 1  encode           all ranks, all samples of the step at once"]
+        lines += [f"phase 1  encode           all ranks, {forward}"]
         lines += [*_nodes(graph, encode), ""]
         number = 2
     stages = graph.layouts[graph.sink].pp
@@ -67,8 +68,22 @@ def _phases(graph: Graph) -> list[str]:
     lines += [f"phase {number}  {graph.sink:<16} {how}", *_nodes(graph, language)]
     if encode:
         back = " and ".join(names)
-        lines += ["", f"phase 3  encode backward  {back}, all samples at once; then finalise once"]
+        lines += ["", f"phase 3  encode backward  {back}, {backward}; then finalise once"]
     return lines
+
+
+def _when(schedule: str) -> tuple[str, str]:
+    """What encoders take at a time under ``schedule``, forward and backward."""
+    kind, _, number = schedule.partition("=")
+    if kind == "filled":
+        return (
+            "portions in the bubbles of phase 2, each sent when made",
+            "portions in these bubbles",
+        )
+    if kind == "lookahead":
+        some = "one microbatch" if number == "1" else f"{number} microbatches"
+        return f"{some} at a time, then phases 2 and 3 of these", f"{some} at a time"
+    return "all samples of the step at once", "all samples at once"
 
 
 def _nodes(graph: Graph, nodes: list[fx.Node]) -> list[str]:

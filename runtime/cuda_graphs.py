@@ -115,7 +115,7 @@ class CapturedModule:
         reason = None if self._state is not None else megatron.uncapturable(module)
         if not torch.cuda.is_available():
             reason = "there is no GPU"
-        elif self.layout.size != self.layout.dp * self.layout.pp:
+        elif self.layout.ep > 1 or self.layout.size != self.layout.dp * self.layout.pp:
             reason = f"{self.layout} has collectives inside the encoder"
         elif any(not leaf.is_cuda for leaf in leaves if isinstance(leaf, torch.Tensor)):
             reason = "it has inputs on the host"

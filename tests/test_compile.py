@@ -177,6 +177,21 @@ def test_the_dump_has_a_page_for_each_pass(tmp_path: Path, monkeypatch: pytest.M
     assert names == common + [f"06_specialize.rank{rank}.txt" for rank in range(8)]
 
 
+def test_pages_say_what_the_schedule_encodes_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLOCC_DUMP", str(tmp_path / "pages"))
+    program = colocc.compile(
+        model(),
+        {**LAYOUTS, "decoder": Layout(tp=4, dp=2)},
+        example_inputs=batch(),
+        schedule="lookahead=2",
+    )
+    (path,) = (tmp_path / "pages").glob("*_phases.txt")
+    for text in (str(program), path.read_text()):
+        assert "all ranks, 2 microbatches at a time, then phases 2 and 3 of these\n" in text
+
+
 def test_the_graph_of_all_ranks_is_left_as_it_is() -> None:
     program = colocc.compile(model(), LAYOUTS, example_inputs=batch())
     assert isinstance(program.graph, Graph)

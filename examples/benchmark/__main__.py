@@ -76,7 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
     parser.add_argument("--cases", type=int, nargs="*", help="only these, by place in the sets")
-parser.add_argument("--arms", nargs="*", help="instead of those of the cases; see cases.py")
+    parser.add_argument("--arms", nargs="*", help="instead of those of the cases; see cases.py")
     parser.add_argument("--model", choices=MODELS, help="instead of those of the cases")
     parser.add_argument("--steps", type=int, default=10, help="of each arm")
     parser.add_argument("--warmup", type=int, default=2, help="steps before these, not counted")

@@ -224,6 +224,33 @@ def test_a_page_is_ascii_narrow_and_the_same_every_time(pp: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("schedule", "forward", "backward"),
+    [
+        ("three_phase", "all samples of the step at once", "all samples at once"),
+        (
+            "lookahead=1",
+            "one microbatch at a time, then phases 2 and 3 of these",
+            "one microbatch at a time",
+        ),
+        (
+            "lookahead=3",
+            "3 microbatches at a time, then phases 2 and 3 of these",
+            "3 microbatches at a time",
+        ),
+        (
+            "filled=2,6",
+            "portions in the bubbles of phase 2, each sent when made",
+            "portions in these bubbles",
+        ),
+    ],
+)
+def test_what_encoders_take_at_a_time(schedule: str, forward: str, backward: str) -> None:
+    lines = page(trio_graph(), schedule=schedule).splitlines()
+    assert f"phase 1  encode           all ranks, {forward}" in lines
+    assert f"phase 3  encode backward  audio and vision, {backward}; then finalise once" in lines
+
+
+@pytest.mark.parametrize(
     ("count", "text"),
     [
         (0, "0 B"),

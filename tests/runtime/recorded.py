@@ -135,8 +135,8 @@ def close(found: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> Non
         torch.testing.assert_close(value, other[name], rtol=1e-12, atol=1e-12)
 
 
-def captured(module: nn.Module) -> CapturedModule:
-    return CapturedModule("images", Layout(), lambda: module)
+def captured(module: nn.Module, layout: Layout = Layout()) -> CapturedModule:  # noqa: B008
+    return CapturedModule("images", layout, lambda: module)
 
 
 def xs(count: int) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from colocc import Layout
 from colocc.runtime import cpu, cuda_graphs, megatron
 from colocc.runtime.cuda_graphs import KINDS
 from tests.runtime.recorded import (
@@ -228,6 +229,18 @@ class Drops(nn.Linear):
 def test_what_cannot_be_captured(module: nn.Module, reason: str | None) -> None:
     found = megatron.uncapturable(module)
     assert found is None if reason is None else (found is not None and found.startswith(reason))
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(cp=2), Layout(dp=2, ep=2)], ids=str)
+def test_an_encoder_with_collectives_inside_runs_without(layout: Layout) -> None:
+    module = Held(plain())
+    call, (x,) = captured(module, layout), xs(1)
+    with cpu.ranks(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.warns(UserWarning, match="has collectives inside the encoder"):
+            out = call(x)
+    torch.testing.assert_close(out, module.module(x))
+    assert call.captured() == 0
 
 
 def test_a_setting_that_is_replaced_is_seen() -> None:
