@@ -228,11 +228,13 @@ class Program(Modules, Traced):
 
     def encode(self, batches: Batches) -> list[Any]:
         """The values that cross to the language phase, for the samples of all of ``batches``."""
-        values = {
-            node: batches.encoder_input(node)
-            for node in self.mine.placeholders()
-            if node.meta["phase"] == "encode"
-        }
+        nodes = [node for node in self.mine.placeholders() if node.meta["phase"] == "encode"]
+        try:
+            values = {node: batches.encoder_input(node) for node in nodes}
+        except Exception as error:
+            # Where its peers say what they made.
+            self.settle(error)
+            raise
         self.crossing.expect(batches)
         found = self._encode(values, samples=len(batches.microbatches) * batches.size)
         return self.crossing.kept(found)
