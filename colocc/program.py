@@ -343,7 +343,9 @@ class Program(Modules, Traced):
         def prepared() -> list[Batches]:
             """The chunks, and behind them the whole step."""
             self.check_trainable(forward_only=forward_only)
-            return intake.step(self.schedule, take(batches, num_microbatches))
+            found = intake.step(self.schedule, take(batches, num_microbatches))
+            self.check_lengths(found[-1], seq_length)
+            return found
 
         # Graphs and bubbles wait for all weights at once, so these are under way from the start.
         at_once = self.graph.targets if self.bubbles is not None else self.captured.names()

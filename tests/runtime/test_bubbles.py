@@ -1,4 +1,4 @@
-"""Covers runtime/bubbles.py: what the plan of a step reckons with, what of microbatches is tried."""
+"""Covers runtime/bubbles.py: what the plan of a step reckons with, and what is tried before it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
