@@ -249,6 +249,10 @@ class Program(Modules, Traced):
             error = problem
         self.settle(error)
 
+    def unseen(self) -> list[str]:
+        """The modules that a rank may never have called, as it has had none of their items."""
+        return list(self.graph.rows) if self._local else []
+
     def settle(self, error: Exception | None) -> None:
         """Raise an ``error`` that any rank had when it encoded on every rank; collective."""
         assert self._intake is not None
