@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from colocc.runtime.data import Batches
     from colocc.runtime.groups import ProcessGroups
 
 
@@ -85,6 +86,27 @@ class Modules:
             )
         for name, module in self.trainable().items():
             megatron.require_ddp(name, module)
+
+    def check_lengths(self, batches: Batches, seq_length: int | None) -> None:
+        """Raise LayoutError where the stages of a pipeline expect hidden states of one shape, and
+        microbatches, or ``seq_length``, are of another."""
+        sink, layout = self.graph.sink, self.graph.layouts[self.graph.sink]
+        if layout.pp == 1 or megatron.unwrapped(self.sink_module).config.variable_seq_lengths:
+            return
+        tokens, length = batches.tokens, batches.hidden[0]
+        odd = next((index for index, count in enumerate(tokens) if count != tokens[0]), None)
+        if odd is not None:
+            raise LayoutError(
+                f"input_ids of microbatch {odd} has {tokens[odd]} tokens, of microbatch 0 "
+                f"{tokens[0]}: the stages of {sink} ({layout}) hand on hidden states of one shape. "
+                f"Pad them, or set variable_seq_lengths in the config of {sink} and write "
+                "schedule='three_phase'."
+            )
+        if seq_length not in (None, length):
+            raise LayoutError(
+                f"seq_length is {seq_length}, the hidden states that the stages of {sink} "
+                f"({layout}) hand on have {length} tokens. Leave it out."
+            )
 
 
 def check_way_back(name: str, output: str, value: Any) -> None:

@@ -228,11 +228,13 @@ class Program(Modules, Traced):
 
     def encode(self, batches: Batches) -> list[Any]:
         """The values that cross to the language phase, for the samples of all of ``batches``."""
-        values = {
-            node: batches.encoder_input(node)
-            for node in self.mine.placeholders()
-            if node.meta["phase"] == "encode"
-        }
+        nodes = [node for node in self.mine.placeholders() if node.meta["phase"] == "encode"]
+        try:
+            values = {node: batches.encoder_input(node) for node in nodes}
+        except Exception as error:
+            # Where its peers say what they made.
+            self.settle(error)
+            raise
         self.crossing.expect(batches)
         found = self._encode(values, samples=len(batches.microbatches) * batches.size)
         return self.crossing.kept(found)
@@ -246,6 +248,10 @@ class Program(Modules, Traced):
         except LayoutError as problem:
             error = problem
         self.settle(error)
+
+    def unseen(self) -> list[str]:
+        """The modules that a rank may never have called, as it has had none of their items."""
+        return list(self.graph.rows) if self._local else []
 
     def settle(self, error: Exception | None) -> None:
         """Raise an ``error`` that any rank had when it encoded on every rank; collective."""
@@ -342,7 +348,9 @@ class Program(Modules, Traced):
         def prepared() -> list[Batches]:
             """The chunks, and behind them the whole step."""
             self.check_trainable(forward_only=forward_only)
-            return intake.step(self.schedule, take(batches, num_microbatches))
+            found = intake.step(self.schedule, take(batches, num_microbatches))
+            self.check_lengths(found[-1], seq_length)
+            return found
 
         # Graphs and bubbles wait for all weights at once, so these are under way from the start.
         at_once = self.graph.targets if self.bubbles is not None else self.captured.names()

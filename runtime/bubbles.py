@@ -15,6 +15,7 @@ from colocc.passes.fill import shortest
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.places import Places, places_of, places_of_forwards
 from colocc.passes.portions import Portions
+from colocc.passes.shapes import lookup
 from colocc.passes.timeline import Timeline
 from colocc.runtime import megatron
 from colocc.runtime.backend import uses_nccl
@@ -91,6 +92,9 @@ class Bubbles:
             program.cut,
             calls=program.captured,
         )
+        self._inputs = [
+            node for node in program.mine.placeholders() if node.meta["phase"] == "encode"
+        ]
         self._streams = Lanes.streams() if self.needs_care() else None
         self.apart = self._streams is not None
         self._reserved = 0
@@ -141,9 +145,9 @@ class Bubbles:
             close_groups(lists, use=use, world=world)
 
     def rows(self, batches: Batches) -> Rows:
-        """What one sample makes, by trying it once for each shape of the inputs."""
-        for name, found in batches.ragged.rows.items():
-            counts = found.counts
+        """What one sample makes, by trying it once for each kind of microbatch."""
+        for name, rows in batches.ragged.rows.items():
+            counts = rows.counts
             if len(counts) and counts.min() != counts.max():
                 raise LayoutError(
                     f"schedule 'filled' needs equally many rows of every sample, {name} makes "
@@ -154,15 +158,32 @@ class Bubbles:
                     f"schedule 'filled' needs rows of every sample, {name} makes none in this "
                     "step. Write schedule='three_phase'."
                 )
-        key = tuple(
-            tuple(leaf.shape[1:])
-            for leaf in pytree.tree_leaves(dict(batches.microbatches[0]))
-            if isinstance(leaf, torch.Tensor)
+        found = [self._of_kind(batches, index) for index in range(len(batches.microbatches))]
+        for index, made in enumerate(found):
+            if made != found[0]:
+                raise LayoutError(
+                    f"schedule 'filled' hands on rows of one kind, a sample of microbatch {index} "
+                    f"makes {made}, one of microbatch 0 {found[0]}. Write schedule='three_phase'."
+                )
+        return found[0]
+
+    def _of_kind(self, batches: Batches, index: int) -> Rows:
+        """What a sample of a microbatch makes: as one of another with such inputs and as many
+        rows, if there was one in any step."""
+        inputs = [lookup(batches.microbatches[index], node.meta["path"]) for node in self._inputs]
+        leaves, spec = pytree.tree_flatten(inputs)
+        key = (
+            str(spec),
+            tuple(int(rows.counts[0]) for rows in batches.ragged.rows.values()),
+            tuple(
+                (leaf.dtype, tuple(leaf.shape[1:])) if isinstance(leaf, torch.Tensor) else leaf
+                for leaf in leaves
+            ),
         )
         if key not in self._rows:
             made, error = None, None
             try:
-                made = self._tried(batches)
+                made = self._tried(batches, index)
             except Exception as problem:  # noqa: BLE001 - raised on every rank
                 error = problem
             self.program.settle(error)
@@ -170,14 +191,14 @@ class Bubbles:
             self._rows[key] = made
         return self._rows[key]
 
-    def _tried(self, batches: Batches) -> Rows:
+    def _tried(self, batches: Batches, index: int) -> Rows:
         gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.no_grad(), torch.random.fork_rng(gpus):
-            value = self.run_encoder(batches, [(0, 0, 1)])
+            value = self.run_encoder(batches, [(index, 0, 1)])
         for name, rows in batches.ragged.rows.items():
             if len(value) != rows.counts[0]:
                 raise LayoutError(
-                    f"{name} made {len(value)} rows of sample 0 of microbatch 0, which has "
+                    f"{name} made {len(value)} rows of sample 0 of microbatch {index}, which has "
                     f"{rows.counts[0]} placeholders in input_ids. Give each sample as many "
                     "placeholders as its items make rows."
                 )
@@ -185,11 +206,7 @@ class Bubbles:
 
     def run_encoder(self, batches: Batches, runs: list[tuple[int, int, int]]) -> torch.Tensor:
         """The encoder's output for the samples of ``runs``."""
-        inputs = {
-            node: batches.encoder_input(node, runs)
-            for node in self.program.mine.placeholders()
-            if node.meta["phase"] == "encode"
-        }
+        inputs = {node: batches.encoder_input(node, runs) for node in self._inputs}
         (value,) = self.encode(inputs)
         result: torch.Tensor = value
         return result

@@ -141,10 +141,15 @@ class Batches:
         )
 
     @property
+    def tokens(self) -> list[int]:
+        """The tokens of a sample of each microbatch."""
+        return [batch["input_ids"].shape[1] for batch in self.microbatches]
+
+    @property
     def hidden(self) -> tuple[int, int]:
         """The tokens and the samples of the language module's hidden states, in a microbatch of
         one replica."""
-        samples, tokens = self.size // self.sink.dp, self.microbatches[0]["input_ids"].shape[1]
+        samples, tokens = self.size // self.sink.dp, self.tokens[0]
         return (tokens, samples) if self.packings is None else (samples * tokens, 1)
 
     def _parts(self, mine: Graph, encodes: bool) -> Parts:

@@ -267,6 +267,29 @@ def narrowed(value: Any, cut: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     )
 
 
+def check_alike(parts: Sequence[tuple[int, int, int, Any]], path: tuple[str, ...]) -> None:
+    """Raise LayoutError for parts of an input, each (microbatch, first, last, its tensors), that
+    cannot be one: their tensors, or the sizes of these but for the number of items, differ."""
+
+    def sizes(value: Any) -> dict[str, str]:
+        return {
+            ".".join(where): f"[{', '.join(['items', *map(str, found.shape[1:])])}]"
+            for where, found in tensors_of(value, path)
+        }
+
+    for index, _, _, value in parts[1:]:
+        first, *_, other = parts[0]
+        one, two = sizes(other), sizes(value)
+        for name in one | two:
+            if one.get(name) != two.get(name):
+                raise LayoutError(
+                    f"{name} is {one.get(name, 'not given')} in microbatch {first} and "
+                    f"{two.get(name, 'not given')} in microbatch {index}, whose items are encoded "
+                    "together. Make them alike, or encode a microbatch at a time: "
+                    "schedule='lookahead=1' at pp1, 'filled' at pp > 1."
+                )
+
+
 def joined(parts: list[Any]) -> Any:
     """The parts of one input as one: their tensors along dim 0."""
     if len(parts) == 1:

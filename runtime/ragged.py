@@ -24,7 +24,14 @@ from colocc.passes.rows import RowsPerItem
 from colocc.passes.shapes import lookup
 from colocc.passes.solve.boxes import Intervals
 from colocc.runtime.guards import value_of
-from colocc.runtime.items import Assign, Learned, ModuleItems, joined, narrowed
+from colocc.runtime.items import (
+    Assign,
+    Learned,
+    ModuleItems,
+    check_alike,
+    joined,
+    narrowed,
+)
 from colocc.runtime.parts import Run
 from colocc.runtime.rows import Ids, Rows, samples_in
 
@@ -134,7 +141,9 @@ class Ragged:
         need not take an empty batch, and yet run the collectives of their peers; its rows count for
         nothing. None where there has been no item.
         """
-        parts = [part for *_, part in self.held(name, units, count, path)]
+        held = self.held(name, units, count, path)
+        check_alike(held, path)
+        parts = [part for *_, part in held]
         return joined(parts) if parts else self._spare(name, path)
 
     def reader_input(self, name: str, microbatch: int, replica: int, path: tuple[str, ...]) -> Any:

@@ -220,7 +220,8 @@ class Chunks:
         if encoded is None or not self.train:
             return
         with contextlib.ExitStack() as stack:
-            names = self.program.captured.names() if last else self.trainable
+            apart = dict.fromkeys([*self.program.captured.names(), *self.program.unseen()])
+            names = apart if last else self.trainable
             quiet = [
                 self.trainable[name]
                 for name in names
@@ -236,8 +237,8 @@ class Chunks:
                 )
             stack.enter_context(self.program.noted("encode_backward"))
             encoded.backward()
-        # A replayed backward tells DDP nothing: what it would have started, start here; all ranks
-        # in one order, also one that could not capture.
+        # A replayed backward tells DDP nothing, nor does an encoder that has not run: what they
+        # would have started, start here; all ranks in one order, also one that could not capture.
         for module in quiet if last else ():
             megatron.start_reductions(module, force_all_reduce=self.force_all_reduce)
 

@@ -14,6 +14,7 @@ from torch import nn
 from colocc.errors import LayoutError
 from colocc.passes.graph import Reduction
 from colocc.runtime.accumulate import accumulate
+from colocc.runtime.texts import agree_on, device_of_messages
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
@@ -258,19 +259,31 @@ def mimo_optimizer(
 ) -> Any:
     """Megatron's MimoOptimizer over ``modules``: one optimizer each on its own groups, one norm.
 
-    Raises: LayoutError for a trainable module that is not wrapped in Megatron's DDP.
+    A module that learns on any rank has one on all: they ask one another, as they do for the norm,
+    and a stage of a pipeline may be frozen alone. Collective.
+    Raises: LayoutError on every rank for such a module that is not wrapped in Megatron's DDP.
     """
     from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
     from megatron.core.optimizer import get_megatron_optimizer
 
+    here = [any(weight.requires_grad for weight in m.parameters()) for m in modules.values()]
+    learns = torch.tensor(here, dtype=torch.int, device=device_of_messages())
+    dist.all_reduce(learns, dist.ReduceOp.MAX)
+    trained = [name for name, anywhere in zip(modules, learns.tolist(), strict=True) if anywhere]
+    error = None
+    try:
+        for name in trained:
+            require_ddp(name, modules[name])
+    except LayoutError as problem:
+        error = problem
+    agree_on("the modules that learn", "", error)
     infos = {}
-    for name, module in modules.items():
+    for name in modules:
         optimizer = None
-        if any(parameter.requires_grad for parameter in module.parameters()):
-            require_ddp(name, module)
+        if name in trained:
             optimizer = get_megatron_optimizer(
                 config=config,
-                model_chunks=[module],
+                model_chunks=[modules[name]],
                 pg_collection=groups[name],
                 use_gloo_process_groups=False,
             )

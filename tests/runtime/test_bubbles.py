@@ -1,4 +1,4 @@
-"""Covers runtime/bubbles.py: what the plan of a step reckons with."""
+"""Covers runtime/bubbles.py: what the plan of a step reckons with, and what is tried before it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import colocc
-from colocc import Layout
+from colocc import Layout, LayoutError
 from colocc.passes.fill import shortest
 from colocc.passes.timeline import Costs, Timeline
 from colocc.runtime import bubbles, cpu
 from colocc.runtime.costs import Work, costs_of
-from tests import mimo
+from tests import mimo, ragged
 from tests.harness import ProcessPool
 from tests.oracle import BATCH, ORDERS, batches, layouts_of
 
@@ -93,3 +93,50 @@ def test_a_plan_reckons_with_what_one_rank_does(processes: ProcessPool) -> None:
         "captured": False,
         "learns": True,
     }
+
+
+def kinds_on_rank(_: int, layouts: dict[str, Layout]) -> tuple[list[str], list[list[float]]]:
+    """What ``filled`` says of steps with microbatches of several kinds, and the losses of the good
+    ones with it and in three phases."""
+
+    def images(each: int) -> list[dict[str, Any]]:
+        return [ragged.batch([each] * BATCH, seed=seed) for seed in range(2)]
+
+    good = [images(1), images(3), images(2), images(1)]
+    bad = [images(1), images(1), images(1)]
+    x, y, z = (step[1]["modality_inputs"]["images"]["vit"] for step in bad)
+    x["x"] = torch.nn.functional.pad(x["x"], (0, 0, 0, 1))
+    y["y"] = y["x"]
+    z["x"] = torch.nn.functional.pad(z["x"], (0, 1))
+    said: list[str] = []
+    losses: list[list[float]] = []
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts)
+        for schedule in ("filled", "three_phase"):
+            losses.append([])
+            with colocc.compile(model, layouts, groups=groups, schedule=schedule) as program:
+                run = partial(program.forward_backward, num_microbatches=2)
+                for step in good:
+                    logs = run(step, loss_func=mimo.loss_func)
+                    losses[-1] += [log["loss"][0] for log in logs]
+                for step in bad if schedule == "filled" else ():
+                    with pytest.raises((LayoutError, RuntimeError, TypeError)) as error:
+                        run(step, loss_func=mimo.loss_func)
+                    said.append(str(error.value))
+                for log in run(good[1], loss_func=mimo.loss_func):
+                    losses[-1].append(log["loss"][0])
+    return said, losses
+
+
+def test_each_kind_of_microbatch_is_tried_on_all_ranks(processes: ProcessPool) -> None:
+    # More stages than microbatches: some encode nothing, and would wait for those that do.
+    layouts = layouts_of((1, 4), (1, 4, 1), ORDERS[0])
+    ranks = processes.run(4, partial(kinds_on_rank, layouts=layouts))
+    for said, (filled, phases) in ranks:
+        assert said == ranks[0][0]
+        assert filled == pytest.approx(phases)
+    (taller, another, wider), (losses, _) = ranks[-1]
+    assert len(losses) == 10
+    assert "images made 4 rows of sample 0 of microbatch 1, which has 3 placeholders" in taller
+    assert "unexpected keyword argument 'y'" in another
+    assert "mat1 and mat2 shapes cannot be multiplied" in wider

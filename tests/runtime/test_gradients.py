@@ -10,12 +10,14 @@ from torch.utils.checkpoint import checkpoint
 import colocc
 from colocc import Layout, LayoutError
 from colocc.runtime import cpu
-from colocc.testing import MUTATIONS, full_weights, relative_l2
+from colocc.testing import MUTATIONS, full_weights, global_names, relative_l2
 from tests import mimo
 from tests.harness import ProcessPool
 from tests.oracle import ORDERS, Oracle, batches, check, layouts_of, steps_on_rank
 
 ONE = {"images": Layout(), "language": Layout()}
+# What the second of two stages of the language module has.
+SECOND = ("decoder.layers.1.", "decoder.final_layernorm.", "output_layer.")
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -158,3 +160,58 @@ def test_training_through_the_optimizer(processes: ProcessPool, how: str) -> Non
             if reference.norm() > 1e-7:
                 assert relative_l2(moved, reference) < 1e-4, name
     assert seen == after.keys()
+
+
+def frozen_stage_on_rank(rank: int, layouts: dict[str, Layout], bare: bool) -> Any:
+    """The norms of two steps and how the weights moved, where all that the second of two stages
+    has is frozen; or what is said where it is ``bare`` of DDP there."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model: Any = mimo.build(groups, layouts)
+        for name, weight in global_names(model.language_model):
+            weight.requires_grad_(not name.startswith(SECOND))
+        if bare and rank == 1:
+            model.language_model = model.language_model.module
+        with colocc.compile(model, layouts, groups=groups) as program:
+            config = OptimizerConfig(optimizer="sgd", lr=0.1, clip_grad=1.0, weight_decay=0.0)
+            if bare:
+                with pytest.raises(LayoutError) as error:
+                    program.optimizer(config)
+                return str(error.value)
+            optimizer = program.optimizer(config)
+            before, norms = full_weights(program.trainable(), groups), []
+            for _step in range(2):
+                for module in program.trainable().values():
+                    module.zero_grad_buffer()  # type: ignore[operator]
+                optimizer.zero_grad()
+                program.forward_backward(batches(3), num_microbatches=3, loss_func=mimo.loss_func)
+                success, norm, _zeros = optimizer.step()
+                assert success
+                norms.append(float(norm))
+            after = full_weights(program.trainable(), groups)
+            return norms, {name: after[name] - weight for name, weight in before.items()}
+
+
+def test_a_frozen_stage_takes_part_in_the_optimizer(processes: ProcessPool) -> None:
+    layouts = layouts_of((1, 2), (1, 2, 1), ORDERS[0])
+    work = partial(frozen_stage_on_rank, bare=False)
+    ((norms, moved),) = processes.run(1, partial(work, layouts=ONE))
+    seen = set()
+    for found, weights in processes.run(2, partial(work, layouts=layouts), timeout=60):
+        assert found == pytest.approx(norms, rel=1e-5)
+        seen |= weights.keys()
+        for name, weight in weights.items():
+            if moved[name].norm() > 1e-7:
+                assert relative_l2(weight, moved[name]) < 1e-4, name
+    frozen = {name for name in moved if name.removeprefix("language.").startswith(SECOND)}
+    assert frozen and seen == moved.keys() - frozen
+    assert not any(moved[name].any() for name in frozen)
+
+
+def test_a_frozen_stage_without_ddp_is_refused_on_every_rank(processes: ProcessPool) -> None:
+    layouts = layouts_of((1, 2), (1, 2, 1), ORDERS[0])
+    work = partial(frozen_stage_on_rank, layouts=layouts, bare=True)
+    one, other = processes.run(2, work, timeout=60)
+    assert one == other
+    assert "rank 1: language has parameters to train and is no Megatron" in one

@@ -220,6 +220,36 @@ def test_training_goes_on_as_if_a_bad_batch_had_never_been_seen(processes: Proce
                 assert torch.equal(run.gradients[name], gradient), name
 
 
+def unlike_on_rank(_: int) -> list[str]:
+    """What is said where one slot alone has images of two sizes, or with inputs of two kinds; a
+    good step follows."""
+    layouts = {"images": Layout(dp=2), "language": Layout(pp=2)}
+    steps = [[ragged.batch([1] * 4, seed=seed) for seed in range(3)] for _ in range(3)]
+    taller, more, good_one = steps
+    # The first slot has those of microbatch 0 and half of 1.
+    with_pixels([*taller[1:]], torch.nn.functional.pad(pixels(taller, 2), (0, 0, 0, 1)))
+    more[2]["modality_inputs"]["images"]["vit"]["sizes"] = torch.ones(4)
+    said = []
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts)
+        with colocc.compile(model, layouts, groups=groups) as program:
+            for step in (taller, more):
+                with pytest.raises(LayoutError) as info:
+                    program.forward_backward(step, num_microbatches=3, loss_func=mimo.loss_func)
+                said.append(str(info.value))
+            program.forward_backward(good_one, num_microbatches=3, loss_func=mimo.loss_func)
+    return said
+
+
+def test_items_of_one_slot_that_are_not_alike_are_one_error_on_all(processes: ProcessPool) -> None:
+    one, other = processes.run(2, unlike_on_rank)
+    assert one == other
+    taller, more = one
+    assert "rank 1: modality_inputs.images.vit.x is [items, 3, 6] in microbatch 1" in taller
+    assert "and [items, 4, 6] in microbatch 2, whose items are encoded together" in taller
+    assert "vit.sizes is not given in microbatch 1 and [items] in microbatch 2" in more
+
+
 # ---------------------------------------------------------------- plain modules, ranks in threads
 
 

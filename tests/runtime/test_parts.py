@@ -129,6 +129,35 @@ def test_parts_train_as_global_batches(
     plain.contains(texts[0]["local ids"], "4 samples, this rank reads 2 of 4 (input_ids holds")
 
 
+def overlapped_on_rank(_: int, layouts: dict[str, Layout]) -> list[float]:
+    """How far off steps are from those with global batches, where the first slot never has an item
+    and reductions overlap backward."""
+    with cpu.ranks(), float64(), colocc.process_groups(layouts) as groups:
+        batches = [ragged.batch([0, 0, 1, 1], seed=seed) for seed in range(3)]
+        model = mimo.build(groups, layouts, overlap=True)
+        programs = [
+            colocc.compile(model, layouts, groups=groups, batches=way, balance=False)
+            for way in ("global", "local")
+        ]
+        with contextlib.ExitStack() as stack:
+            whole, local = map(stack.enter_context, programs)
+            sampler = Sampler(local, 12, num_microbatches=1, batch_size=4, shuffle=False)
+            loader = Loader(ragged.Samples(batches), sampler, collate_fn=ragged.collate)
+            wanted = [seen(whole, [batch]) for batch in batches]
+            found = [seen(local, step) for step in loader]
+            return [
+                relative_l2(one, other)
+                for pair in zip(found, wanted, strict=True)
+                for one, other in zip(*pair, strict=True)
+            ]
+
+
+def test_a_slot_that_never_has_an_item_reduces_with_the_others(processes: ProcessPool) -> None:
+    layouts = {"images": Layout(dp=2), "language": Layout(tp=2)}
+    for errors in processes.run(2, partial(overlapped_on_rank, layouts=layouts), timeout=60):
+        assert max(errors) <= 1e-12
+
+
 def check_images(loads: list[list[Wanted]], layouts: dict[str, Layout]) -> None:
     """The ranks of a slot load the same images, and the slots all of them, each once."""
     slots: dict[int, list[int]] = {}

@@ -10,7 +10,7 @@ import colocc
 from colocc import Layout, LayoutError
 from colocc.runtime import cpu
 from colocc.runtime.schedule import Schedule
-from colocc.testing import check_identity
+from colocc.testing import Run, check_identity, compare, float64, observed, oracle
 from tests import mimo
 from tests.harness import ProcessPool
 from tests.oracle import BATCH, ORDERS, TUPLES, Oracle, batches, check, layouts_of, steps_on_rank
@@ -180,3 +180,55 @@ def test_forward_only(processes: ProcessPool, reference: Oracle) -> None:
     tokens = sum(count for losses in sums.values() for _, count in losses)
     assert total / tokens == pytest.approx(wanted.loss, rel=1e-5)
     assert all(untouched for _, untouched in ranks)
+
+
+LENGTHS = (12, 10, 12)
+
+
+def of_lengths() -> list[dict[str, Any]]:
+    """Microbatches of LENGTHS tokens."""
+    return [mimo.batch(BATCH, seed=index, length=length) for index, length in enumerate(LENGTHS)]
+
+
+def lengths_on_rank(_: int, layouts: dict[str, Layout], schedule: str, variable: bool) -> Any:
+    """What is said of microbatches of several lengths, and of a seq_length that none has; or the
+    gradients."""
+    with cpu.ranks(), colocc.process_groups(layouts) as groups:
+        model: Any = mimo.build(groups, layouts)
+        model.language_model.module.config.variable_seq_lengths = variable
+        with colocc.compile(model, layouts, groups=groups, schedule=schedule) as program:
+            run = partial(
+                program.forward_backward, num_microbatches=len(LENGTHS), loss_func=mimo.loss_func
+            )
+            said = []
+            for given, length in ((of_lengths(), None), (batches(3), 13)) * (not variable):
+                with pytest.raises(LayoutError) as error:
+                    run(given, seq_length=length)
+                said.append(str(error.value))
+            model.zero_grad_buffer()
+            logs = run(of_lengths() if variable else batches(3), force_all_reduce=True)
+            return said, observed(program, [log["loss"] for log in logs], microbatches=3)
+
+
+def of_lengths_on_one_rank(_: int) -> Run:
+    layouts = {"images": Layout(), "language": Layout()}
+    with cpu.ranks(), float64(), colocc.process_groups(layouts) as groups:
+        model = mimo.build(groups, layouts, wrap=False)
+        return oracle(model, of_lengths(), mimo.loss_func, replicas=1)
+
+
+def test_lengths_that_differ_need_stages_that_expect_them(processes: ProcessPool) -> None:
+    work = partial(lengths_on_rank, layouts=layouts_of((1, 2), (1, 2, 1), ORDERS[0]))
+    for schedule in ("three_phase", "filled"):
+        (said, _), (other, _) = processes.run(2, partial(work, schedule=schedule, variable=False))
+        assert said == other
+        assert "input_ids of microbatch 1 has 10 tokens, of microbatch 0 12: the stages" in said[0]
+        assert "seq_length is 13, the hidden states that the stages of language" in said[1]
+    (wanted,) = processes.run(1, of_lengths_on_one_rank)
+    ranks = processes.run(2, partial(work, schedule="three_phase", variable=True))
+    compare(
+        [Run(gradients=run.gradients) for _, run in ranks],
+        Run(gradients=wanted.gradients),
+        tolerance=1e-5,
+        noise=1e-9,
+    )
