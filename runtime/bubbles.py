@@ -176,7 +176,9 @@ class Bubbles:
             str(spec),
             tuple(int(rows.counts[0]) for rows in batches.ragged.rows.values()),
             tuple(
-                (leaf.dtype, tuple(leaf.shape[1:])) if isinstance(leaf, torch.Tensor) else leaf
+                (leaf.dtype, tuple(leaf.shape[1:]))
+                if isinstance(leaf, torch.Tensor)
+                else repr(leaf)
                 for leaf in leaves
             ),
         )
