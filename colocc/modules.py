@@ -108,6 +108,20 @@ class Modules:
                 f"({layout}) hand on have {length} tokens. Leave it out."
             )
 
+    def check_heads(self, batches: Batches) -> None:
+        """Raise LayoutError for a mask of another number of heads than the sink's: one stage alone
+        may find out."""
+        config = getattr(megatron.unwrapped(self.sink_module), "config", None)
+        heads = getattr(config, "num_attention_heads", None)
+        for index, batch in enumerate(batches.microbatches):
+            for name in sorted(self.graph.masks):
+                mask = batch.get(name)
+                if mask is not None and heads is not None and mask.shape[1] not in (1, heads):
+                    raise LayoutError(
+                        f"{name} of microbatch {index} is of {mask.shape[1]} heads, "
+                        f"{self.graph.sink} has {heads}: give dim 1 a size of 1 or {heads}"
+                    )
+
 
 def check_way_back(name: str, output: str, value: Any) -> None:
     """Raise LayoutError unless the ``output`` of module ``name``, which has parameters to train,

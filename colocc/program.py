@@ -350,6 +350,7 @@ class Program(Modules, Traced):
             self.check_trainable(forward_only=forward_only)
             found = intake.step(self.schedule, take(batches, num_microbatches))
             self.check_lengths(found[-1], seq_length)
+            self.check_heads(found[-1])
             return found
 
         # Graphs and bubbles wait for all weights at once, so these are under way from the start.

@@ -268,6 +268,8 @@ class Batches:
                 rows = rows_per_sample(name, value.shape[dim], max(1, size))
                 if (stop - start) * rows != value.shape[dim]:
                     value = value.narrow(dim, start * rows, (stop - start) * rows)
+            if path[0] in self.graph.masks and value.shape[1] > 1:
+                value = value.chunk(layout.tp, dim=1)[int(layout.coordinates("tp")[self.rank])]
             if sequence is None or value.dim() <= sequence:
                 return value
             return cut_sequence(value, sequence, layout, self.rank)

@@ -40,7 +40,10 @@ def check_kinds(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None
         kept: dict[tuple[str, ...], Any] = {}
         for index, batch in enumerate(microbatches):
             for where, value in _leaves(lookup(batch, path), path):
-                if value is None or isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor):
+                    _check_data(index, where, value)
+                    continue
+                if value is None:
                     continue
                 if not isinstance(value, options):
                     raise LayoutError(_no_tensor(index, where, value))
@@ -50,6 +53,19 @@ def check_kinds(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None
                         f"microbatch {index}: what is no tensor is one for the whole step. Give a "
                         "tensor with an entry for each sample or item."
                     )
+
+
+def _check_data(index: int, path: tuple[str, ...], value: torch.Tensor) -> None:
+    """Raise LayoutError for a tensor that has no data, which an index would read as anything, or
+    that is not dense."""
+    what = f"{'.'.join(path)} of microbatch {index}"
+    if value.is_meta:
+        raise LayoutError(f"{what} is on the meta device: it has no data. Give a tensor that has.")
+    if value.layout is not torch.strided:
+        kind = str(value.layout).removeprefix("torch.")
+        raise LayoutError(
+            f"{what} is {kind}: only a dense tensor is cut by sample. Give its .to_dense()."
+        )
 
 
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -78,6 +94,8 @@ def holds_items(graph: Graph, node: fx.Node) -> bool:
     return "items" in node.meta or (places is not None and places.token is not None)
 
 
+# What torch looks up in a table, or indexes with.
+INDICES = (torch.int32, torch.int64)
 BY_TOKEN = ("labels", "loss_mask", "position_ids")
 
 
@@ -99,12 +117,13 @@ def check_by_token(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> N
             value, length = batch[name], batch["input_ids"].shape[1]
             dims = (2, 3) if name == "position_ids" else (2,)
             whole = name == "labels" or (name == "position_ids" and value.dim() == 2)
-            odd = whole and (value.is_floating_point() or value.dtype == torch.bool)
+            odd = whole and value.dtype not in INDICES
             if value.dim() not in dims or value.shape[-1] != length or odd:
                 kind = str(value.dtype).removeprefix("torch.")
                 raise LayoutError(
                     f"{name} of microbatch {index} is {kind} {list(value.shape)}: give "
-                    f"{'integers ' * whole}[samples, {length}], as input_ids has {length} tokens"
+                    f"{'int64 or int32 ' * whole}[samples, {length}], as input_ids has {length} "
+                    "tokens"
                 )
 
 
@@ -146,17 +165,23 @@ def check_masks(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None
 
 
 def check_tokens(graph: Graph, microbatches: Sequence[Mapping[str, Any]]) -> None:
-    """Raise LayoutError unless input_ids, in which the placeholders of rows stand, is [b, s]."""
+    """Raise LayoutError unless input_ids, in which the placeholders of rows stand, is [b, s], and
+    not empty."""
     tokens = any(places.token is not None for places in graph.rows.values())
     for index, batch in enumerate(microbatches if tokens else ()):
         ids = batch.get("input_ids")
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in INDICES:
             found = (
                 f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
                 if isinstance(ids, torch.Tensor)
                 else f"a {type(ids).__name__}"
             )
             raise LayoutError(
-                f"input_ids of microbatch {index} is {found}: give a tensor of integers "
+                f"input_ids of microbatch {index} is {found}: give a tensor of int64 or int32 "
                 "[samples, tokens]"
+            )
+        if not ids.numel():
+            raise LayoutError(
+                f"input_ids of microbatch {index} is {list(ids.shape)}: give at least one sample "
+                "of one token"
             )

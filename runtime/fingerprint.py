@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -41,7 +42,7 @@ def _leaves(batches: Batches, digest: Any) -> list[Any]:
     """The values of the batches; the digest learns their names, and those that are no tensors."""
     found = []
     for batch in batches.common():
-        leaves, spec = pytree.tree_flatten(dict(batch))
+        leaves, spec = pytree.tree_flatten(_by_name(batch))
         digest.update(str(spec).encode())
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
@@ -50,6 +51,13 @@ def _leaves(batches: Batches, digest: Any) -> list[Any]:
                 digest.update((repr(leaf) if plain else type(leaf).__name__).encode())
         found += leaves
     return found
+
+
+def _by_name(value: Any) -> Any:
+    """``value`` with the keys of its mappings sorted: what differs in their order is the same."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _by_name(value[key]) for key in sorted(value, key=str)}
 
 
 def _shapes(leaves: list[Any]) -> list[list[int]]:

@@ -64,6 +64,14 @@ def test_tensors_and_options_that_are_one_for_the_step() -> None:
             [batch(options={"pool": 2}), batch(options={"pool": 3})],
             r"vit\.pool is 2 in one microbatch and 3 in microbatch 1: what is no tensor is one",
         ),
+        (
+            [batch(labels=IDS.to("meta"))],
+            "labels of microbatch 0 is on the meta device: it has no data",
+        ),
+        (
+            [batch(options={"y": PIXELS.to_sparse()})],
+            r"images\.vit\.y of microbatch 0 is sparse_coo: only a dense tensor is cut by sample",
+        ),
     ],
 )
 def test_kinds_that_are_refused(step: list[dict[str, Any]], message: str) -> None:
@@ -76,6 +84,8 @@ def test_kinds_that_are_refused(step: list[dict[str, Any]], message: str) -> Non
     [
         (IDS[0], r"int64 \[6\]"),
         (IDS.float(), r"float32 \[4, 6\]"),
+        (IDS.short(), r"int16 \[4, 6\]"),
+        (IDS > 0, r"bool \[4, 6\]"),
         ([1], "a list"),
         (None, "a NoneType"),
     ],
@@ -83,6 +93,12 @@ def test_kinds_that_are_refused(step: list[dict[str, Any]], message: str) -> Non
 def test_tokens_that_are_none(ids: Any, found: str) -> None:
     with pytest.raises(LayoutError, match=f"input_ids of microbatch 0 is {found}: give a tensor"):
         check_tokens(graph(), [batch(input_ids=ids)])
+
+
+@pytest.mark.parametrize("ids", [IDS[:0], IDS[:, :0]])
+def test_a_microbatch_without_a_token(ids: torch.Tensor) -> None:
+    with pytest.raises(LayoutError, match="give at least one sample of one token"):
+        check_tokens(graph(), [batch(), batch(input_ids=ids)])
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 6, 6), (1, 1, 6, 6), (4, 8, 6, 6), (4, 1, 1, 6)])
@@ -111,14 +127,17 @@ def test_fields_with_an_entry_for_each_token() -> None:
     check_by_token(graph(), [good, good])
     check_by_token(graph(), [batch(position_ids=torch.zeros(3, 4, 6)), batch(position_ids=IDS)])
     check_by_token(graph(), [batch(labels=None), batch(labels=None)])
+    check_by_token(graph(), [batch(labels=IDS.int(), position_ids=IDS.int())])
 
 
 @pytest.mark.parametrize(
     ("step", "problem"),
     [
         ([batch(), batch(labels=None)], "microbatch 1 has no labels, others of the step have"),
-        ([batch(labels=IDS[:, :5])], r"labels of microbatch 0 is int64 \[4, 5\]: give integers"),
-        ([batch(labels=IDS.float())], r"labels of microbatch 0 is float32 \[4, 6\]: give integers"),
+        ([batch(labels=IDS[:, :5])], r"labels of microbatch 0 is int64 \[4, 5\]: give int64 or"),
+        ([batch(labels=IDS.float())], r"labels of microbatch 0 is float32 \[4, 6\]: give int64 or"),
+        ([batch(labels=IDS.to(torch.uint8))], r"labels of microbatch 0 is uint8 \[4, 6\]: give"),
+        ([batch(position_ids=IDS.short())], r"position_ids of microbatch 0 is int16 \[4, 6\]"),
         (
             [batch(loss_mask=IDS[..., None])],
             r"loss_mask of microbatch 0 is int64 \[4, 6, 1\]: give",

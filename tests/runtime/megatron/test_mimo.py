@@ -30,7 +30,13 @@ CP = {
 }
 # Kinds of steps, by the positions of the model that runs them.
 KINDS = {
-    "learned_absolute": ["a mask for each", "a mask for all", "packed", "packed, padded"],
+    "learned_absolute": [
+        "a mask for each",
+        "a mask for all",
+        "a mask by head",
+        "packed",
+        "packed, padded",
+    ],
     "rope": ["packed", "packed, padded"],
     "mrope": ["mrope", "packed"],
 }
@@ -48,7 +54,8 @@ def step_of(kind: str, positions: str) -> Step:
             steps = torch.randint(0, 3, (3, 8, mimo.LENGTH), generator=generator)
             batch["position_ids"] = steps.cumsum(2)
         else:
-            shape = (8 if kind == "a mask for each" else 1, 1, mimo.LENGTH, mimo.LENGTH)
+            heads = mimo.HEADS if kind == "a mask by head" else 1
+            shape = (1 if kind == "a mask for all" else 8, heads, mimo.LENGTH, mimo.LENGTH)
             hidden = torch.randint(0, 5, shape, generator=generator) > 2
             batch["attention_mask"] = hidden & ~torch.eye(mimo.LENGTH, dtype=torch.bool)
     return step
