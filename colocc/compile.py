@@ -292,8 +292,9 @@ def _check_rows(graph: Graph, rows: Mapping[str, RowsPerItem]) -> None:
     for name, function in rows.items():
         if name not in known or not callable(function):
             raise LayoutError(
-                f"rows has {name!r}: {function!r}; give the name of a module whose rows belong to "
-                f"placeholders ({', '.join(known) or 'this model has none'}) and a function"
+                f"rows has {name!r}: {type(function).__name__}; give the name of a module whose "
+                f"rows belong to placeholders ({', '.join(known) or 'this model has none'}) and a "
+                "function"
             )
 
 

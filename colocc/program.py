@@ -240,23 +240,28 @@ class Program(Modules, Traced):
         return self.crossing.kept(found)
 
     def _settle_rows(self, values: Mapping[fx.Node, Any], error: Exception | None) -> None:
-        """Raise on every rank alike what went wrong on any of them as it encoded: an ``error``, or
-        another number of rows than its samples have placeholders."""
+        """Raise on every rank alike what went wrong on any of them as it encoded: an ``error``,
+        another number of rows than its samples have placeholders, or rows unlike those of others.
+        """
+        made = ""
         try:
             if error is None:
                 self.crossing.check(values)
-        except LayoutError as problem:
+                # With local parts, an encoder without an item may have made nothing.
+                made = "" if self._local else self.crossing.outline(values)
+        except Exception as problem:  # noqa: BLE001 - raised on every rank
             error = problem
-        self.settle(error)
+        self.settle(error, made)
 
     def unseen(self) -> list[str]:
         """The modules that a rank may never have called, as it has had none of their items."""
         return list(self.graph.rows) if self._local else []
 
-    def settle(self, error: Exception | None) -> None:
-        """Raise an ``error`` that any rank had when it encoded on every rank; collective."""
+    def settle(self, error: Exception | None, made: str = "") -> None:
+        """Raise an ``error`` that any rank had when it encoded on every rank, or that they have not
+        ``made`` the same; collective."""
         assert self._intake is not None
-        self._intake.settle(error)
+        self._intake.settle(error, made)
 
     def on_any_rank(self, question: bool) -> bool:
         """Whether any rank says yes; collective."""
@@ -364,7 +369,9 @@ class Program(Modules, Traced):
             megatron.start_gathering(module)
         with intake.unless_wrong(), self.captured.steady(), self._abandoned(ahead):
             try:
-                *chunks, found = self._agreed(prepared)
+                *chunks, found = self._agreed(
+                    prepared, forward_only=forward_only, force_all_reduce=force_all_reduce
+                )
             finally:
                 # Of a refused batch, too: what comes next may move the weights.
                 for module in ahead:
@@ -390,8 +397,9 @@ class Program(Modules, Traced):
             raise LayoutError("the program was destroyed: compile the model again")
         return self._intake
 
-    def _agreed(self, prepare: Callable[[], list[Batches]]) -> list[Batches]:
-        """What ``prepare`` returns, the whole step last; its error on any rank is one on all."""
+    def _agreed(self, prepare: Callable[[], list[Batches]], **options: bool) -> list[Batches]:
+        """What ``prepare`` returns, the whole step last; its error on any rank, or other
+        ``options``, are one error on all."""
         intake = self._ready()
         found, error = None, None
         try:
@@ -400,7 +408,8 @@ class Program(Modules, Traced):
         except Exception as problem:  # noqa: BLE001 - agreed on, then raised on every rank
             error = problem
         trained = [name for name in self.trainable() if name != self.graph.sink]
-        intake.agree(None if found is None else found[-1], error, trained)
+        asked = [f"{name}=True" for name, value in options.items() if value]
+        intake.agree(None if found is None else found[-1], error, trained, asked)
         assert found is not None
         return found
 

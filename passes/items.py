@@ -43,7 +43,24 @@ REMEDY = (
 def rows_stated(name: str, given: Any, rows_per_item: RowsPerItem) -> Counts:
     """What the user's function says of the rows of each item of module ``name``."""
     said = [] if given is None else rows_per_item(given)
-    return np.asarray(torch.as_tensor(said).cpu(), dtype=np.int64).ravel()
+    try:
+        found = torch.as_tensor(said).detach()
+        numbers = found.cpu().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(said).__name__
+        if isinstance(said, torch.Tensor):
+            kind = f"tensor on {said.device.type}"
+        raise LayoutError(
+            f"rows of {name} returned a {kind}: give a list or a tensor of the rows of each item"
+        ) from error
+    whole = not found.is_complex() and found.dtype != torch.bool
+    if not whole or not bool((numbers == numbers.round()).all()):
+        kind = str(found.dtype).removeprefix("torch.")
+        raise LayoutError(
+            f"rows of {name} returned {kind} {numbers.ravel()[:4].tolist()}: give the rows of each "
+            "item, which are integers"
+        )
+    return numbers.numpy().astype(np.int64).ravel()
 
 
 def entries_of_items(length: int, rows: Counts, first: int, last: int) -> tuple[int, int]:

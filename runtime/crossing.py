@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from colocc.runtime.data import Batches
@@ -12,8 +13,6 @@ from colocc.runtime.row_moves import RowRedistribution
 from colocc.runtime.rows import Cells, Ids, Rows, corners_of, counted
 
 if TYPE_CHECKING:
-    import torch
-
     from colocc.runtime.redistribution import Redistribution
 
 
@@ -55,6 +54,14 @@ class Crossing:
             elif node in self._rows:
                 self._counted(node, values[node])
 
+    def outline(self, values: Mapping[fx.Node, Any]) -> str:
+        """What is made of rows, but for how many: alike on all ranks, or they could not move it."""
+        found = []
+        for node in self._rows:
+            source = node.all_input_nodes[0] if node.name in self.moves else node
+            found.append(f"{source.name} {_kind(values[source])}")
+        return ", ".join(found)
+
     def kept(self, values: Sequence[Any]) -> list[Any]:
         """The values of ``cut``, of which those that no redistribution reads are cut to the rows
         that count."""
@@ -72,3 +79,11 @@ class Crossing:
     def counts(self) -> dict[fx.Node, list[int]]:
         """Of the values that are made of rows, this rank's rows in each microbatch."""
         return {node: rows.by_microbatch(held) for node, (held, rows) in self._rows.items()}
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    dtype, shape = str(value.dtype).removeprefix("torch."), ["rows", *map(str, value.shape[1:])]
+    grad = " with a gradient" if value.requires_grad else ""
+    return f"{dtype} [{', '.join(shape)}] on {value.device.type}{grad}"

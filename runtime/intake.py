@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import islice
 from typing import Any
@@ -136,10 +136,14 @@ class Intake:
             check_finite(batches, self.mine.placeholders())
 
     def agree(
-        self, batches: Batches | None, error: Exception | None, trained: Iterable[str]
+        self,
+        batches: Batches | None,
+        error: Exception | None,
+        trained: Iterable[str],
+        asked: Sequence[str] = (),
     ) -> None:
         """Return if no rank has an ``error``, all were given the same batch, and the ``trained``
-        encoders are the same.
+        encoders and what else is ``asked`` for are the same.
 
         The first batch is compared as a whole, later ones by what decides on the collectives:
         names, shapes and the rows of each sample; of local parts always what is whole. Collective,
@@ -151,15 +155,17 @@ class Intake:
             return
         compare = outline if self._compared and not self.local else fingerprint
         text = "" if batches is None else f"{compare(batches)} trained {', '.join(trained)}"
+        text = " with ".join([text, ", ".join(asked)] if asked else [text])
         given = "the input_ids" if self.local else "the batch"
         what = f"{given}, which must be global, and the encoders that are trained"
         self.agreement.settle(what, text, error)
         self._compared = True
 
-    def settle(self, error: Exception | None) -> None:
-        """Raise an ``error`` that any rank had when it encoded on all of them."""
+    def settle(self, error: Exception | None, made: str = "") -> None:
+        """Raise an ``error`` that any rank had when it encoded on all of them, or that they have
+        not ``made`` the same."""
         if self.check != "first":
-            self.agreement.settle("what the encoders made", "", error)
+            self.agreement.settle("what the encoders made", made, error)
         elif error is not None:
             raise error
 

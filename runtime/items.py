@@ -214,7 +214,9 @@ class ModuleItems:
     def template(self) -> Any:
         """This module's inputs of one item; None where no microbatch has any."""
         index = next((i for i, found in enumerate(self.items) if len(found.rows)), None)
-        return None if index is None else self._cut(index, 0, 1, self.inputs[index])
+        if index is None:
+            return None
+        return narrowed(self._cut(index, 0, 1, self.inputs[index]), _kept)
 
     def cut(self, samples: Ids, path: tuple[str, ...]) -> list[tuple[int, int, int, Any]]:
         """The items of ``samples``, in runs of neighbours within a microbatch: (microbatch, first,
@@ -258,6 +260,14 @@ class ModuleItems:
         found = tensors_of(self.inputs[index], self.places.inputs)
         tensors = [(".".join(path), tensor) for path, tensor in found]
         check_entries(self.name, f"microbatch {index}", tensors, rows)
+
+
+def _kept(leaf: torch.Tensor) -> torch.Tensor:
+    """A copy for later steps: the batch's memory may hold another by then. Zero times NaN is NaN,
+    so that what counts for nothing must be finite."""
+    if not leaf.is_floating_point():
+        return leaf.detach().clone()
+    return torch.nan_to_num(leaf.detach(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def narrowed(value: Any, cut: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from colocc.errors import LayoutError
+from colocc.errors import CaptureError, LayoutError
 from colocc.runtime.backend import uses_nccl
 
 
@@ -42,17 +42,25 @@ def agree_on(what: str, text: str, error: Exception | None) -> None:
 
     Raises: ``error`` itself where all ranks have the same, else a LayoutError that names the ranks.
     """
+    said = None if error is None else _said(error)
     try:
-        agree(what, text, None if error is None else str(error) or repr(error))
+        agree(what, text, said)
     except LayoutError as problem:
         shared = problem
     else:
         return
     if error is None:
         raise shared
-    if str(error) == str(shared):
+    if said == str(shared):
         raise error
     raise LayoutError(str(shared)) from error
+
+
+def _said(error: Exception) -> str:
+    """What an error says; of some, such as a KeyError, the text alone says nothing."""
+    if isinstance(error, (LayoutError, CaptureError, RuntimeError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else repr(error)
 
 
 def _ranks(ranks: list[int]) -> str:

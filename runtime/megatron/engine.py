@@ -294,13 +294,22 @@ def mimo_optimizer(
 
 
 def require_ddp(name: str, module: nn.Module) -> None:
-    """Raise LayoutError unless ``module`` is wrapped in Megatron's DDP."""
+    """Raise LayoutError unless ``module`` is wrapped in Megatron's DDP, which holds the gradients
+    of what required one then."""
     if not is_ddp(module):
         raise LayoutError(
             f"{name} has parameters to train and is no Megatron DistributedDataParallel: nothing "
             f"would reduce its gradients. Wrap it: DistributedDataParallel(config, ddp_config, "
             f"module, pg_collection=groups[{name!r}])"
         )
+    ddp: Any = module
+    for path, weight in module.named_parameters():
+        if weight.requires_grad and weight not in ddp.param_to_bucket_group:
+            raise LayoutError(
+                f"{name}: {path} requires a gradient, and was frozen when {name} was wrapped in "
+                "DistributedDataParallel: nothing would reduce its gradient. Wrap the module "
+                "again, or freeze it after it is wrapped."
+            )
 
 
 def main_gradient(weight: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import colocc
 from colocc import CaptureError, Items, Layout, LayoutError
-from colocc.passes.items import entries_of_items, one_item_each
+from colocc.passes.items import entries_of_items, one_item_each, rows_stated
 from tests.gallery import (
     DIMS,
     LAYOUTS,
@@ -273,3 +273,24 @@ def test_items_that_cannot_be_told_apart(options: dict[str, Any], problem: str) 
     with pytest.raises((CaptureError, LayoutError)) as info:
         colocc.compile(Strips(), LAYOUTS, example_inputs=example, batch_dims=STRIP_DIMS, **options)
     assert problem in str(info.value)
+
+
+@pytest.mark.parametrize("said", [[2, 1], torch.tensor([[2.0], [1.0]], requires_grad=True)])
+def test_rows_are_whole_numbers(said: Any) -> None:
+    assert rows_stated("images", {}, lambda given: said).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        (None, "returned a NoneType: give a list or a tensor of the rows"),
+        (iter([1]), "returned a list_iterator: give"),
+        (torch.ones(2, device="meta"), "returned a tensor on meta: give a list"),
+        ([2.5, 1.0], r"returned float32 \[2.5, 1.0\]: give the rows of each item, which are int"),
+        ([float("nan")], "returned float32 .nan.: give the rows"),
+        ([True], r"returned bool \[1.0\]: give the rows"),
+    ],
+)
+def test_rows_that_are_none(said: Any, problem: str) -> None:
+    with pytest.raises(LayoutError, match=f"rows of images {problem}"):
+        rows_stated("images", {}, lambda given: said)

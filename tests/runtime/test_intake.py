@@ -109,11 +109,31 @@ def other_samples_on_rank_3(step: Step, rank: int) -> None:
 
 def wrong_rows_on_rank_3(step: Step, rank: int) -> None:
     """The encoder of one rank makes a row less of each image."""
-    step[0]["wrong"] = rank == 3
+    step[0]["spoils"] = a_row_less if rank == 3 else None
+
+
+def a_row_less(output: torch.Tensor) -> torch.Tensor:
+    return output.view(-1, mimo.ROWS, output.shape[-1])[:, 1:].flatten(0, 1)
+
+
+def rows_of_another_width_on_rank_3(step: Step, rank: int) -> None:
+    step[0]["spoils"] = (lambda output: output[:, 1:]) if rank == 3 else None
+
+
+def rows_without_a_way_back_on_rank_3(step: Step, rank: int) -> None:
+    step[0]["spoils"] = torch.Tensor.detach if rank == 3 else None
+
+
+def a_number_on_rank_3(step: Step, rank: int) -> None:
+    step[0]["spoils"] = torch.Tensor.sum if rank == 3 else None
 
 
 def an_encoder_that_fails_on_rank_3(step: Step, rank: int) -> None:
-    step[0]["fails"] = rank == 3
+    step[0]["spoils"] = fails if rank == 3 else None
+
+
+def fails(output: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no kernel for these images")
 
 
 BAD: dict[Callable[[Step, int], None], str] = {
@@ -138,23 +158,23 @@ BAD: dict[Callable[[Step, int], None], str] = {
     wrong_rows_on_rank_3: "rank 3: images on rank 3 made 2 rows, the samples that it encodes there "
     "have 3 placeholders in input_ids: sample 7 of microbatch 0 has 3 for 1 items, which make 2",
     an_encoder_that_fails_on_rank_3: "rank 3: no kernel for these images",
+    rows_of_another_width_on_rank_3: "rank 0 has images float32 [rows, 32] on cpu with a gradient; "
+    "rank 3 has images float32 [rows, 31] on cpu with a gradient",
+    rows_without_a_way_back_on_rank_3: "rank 3 has images float32 [rows, 32] on cpu. rank 3 must",
+    a_number_on_rank_3: "rank 3: TypeError: len() of a 0-d tensor",
 }
 
 
 @contextlib.contextmanager
 def faulty(model: Any, step: Step) -> Iterator[None]:
-    """Inside, this rank's encoder is as ``step`` says."""
-    wrong, fails = (step[0].pop(name, False) for name in ("wrong", "fails"))
-
-    def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        if fails:
-            raise RuntimeError("no kernel for these images")
-        return output.view(-1, mimo.ROWS, output.shape[-1])[:, 1:].flatten(0, 1)
-
-    hook = model.modality_submodules["images"].register_forward_hook(spoil)
+    """Inside, what this rank's encoder makes is spoiled as ``step`` says."""
+    spoils = step[0].pop("spoils", None)
+    if spoils is None:
+        yield
+        return
+    encoder = model.modality_submodules["images"]
+    hook = encoder.register_forward_hook(lambda module, args, output: spoils(output))
     try:
-        if not wrong and not fails:
-            hook.remove()
         yield
     finally:
         hook.remove()
