@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
+import torch
 from torch import fx, nn
 
 from colocc.errors import CaptureError, LayoutError
@@ -82,7 +83,8 @@ def capture(
     targets = find_targets(model, layouts, traits)
     check_covered(model, targets)
     graph = Graph(fx.Graph(), type(model).__name__, dict(layouts), targets)
-    with TRACING:
+    # Whoever compiles may be inside no_grad: only what the forward does itself is its own.
+    with TRACING, torch.inference_mode(False), torch.enable_grad():
         if example_inputs is None:
             graph.fx = trace(model, targets, traits, _inputs(model, traits))
         else:

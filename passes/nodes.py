@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from colocc.errors import CaptureError
+from colocc.passes.graph import GRADIENTS
 from colocc.passes.parts import Pieces
 from colocc.passes.sizes import Number, Origin, Sizes, dims_of
 from colocc.passes.source import line_here
@@ -53,6 +54,7 @@ class Nodes:
         self._inputs: dict[tuple[str, ...], fx.Node] = {}
         self._examples: dict[int, torch.Tensor] = {}
         self.held = _tensors_of(model)
+        self._autocast = _autocast(device)
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -67,8 +69,15 @@ class Nodes:
         self, op: str, target: Any, args: Any, kwargs: Any, value: Any, name: str | None = None
     ) -> fx.Node:
         """Make a node and remember what it makes."""
+        if op != "placeholder" and _autocast(self.device) != self._autocast:
+            raise self.refused(
+                "it changes torch.autocast, which the graph would lose. Put the context around "
+                "program(**batch), or into the forward of a module of the layouts"
+            )
         made = self.graph.create_node(op, target, args, kwargs, name)
         made.meta.update(line=line_here(), value=value)
+        if op in GRADIENTS and not torch.is_grad_enabled():
+            made.meta["no_grad"] = True
         self._check_grows(made, value)
         self.know(value, made)
         if op == "placeholder":
@@ -252,6 +261,11 @@ class Nodes:
             f"{type(self.model).__name__}.forward cannot be traced: {problem}.\n"
             f"  {where or f'at {line_here()}'}\n  {LEAF_REMEDY}"
         )
+
+
+def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    kind = device.type
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
 def _plain(expr: sympy.Basic) -> Any:

@@ -57,6 +57,7 @@ OPERATORS = {
         "xor": operator.xor,
     }.items()
 }
+HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 Rule = Callable[[Mapping[str, Any]], Any]
 """From arguments by name to (dtype, shape) for each tensor of the result; None if not known."""
 
@@ -108,6 +109,8 @@ class Recorder(Nodes, TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if self.depth:
             return func(*args, **kwargs)
+        if _name(func) in HOOKS:
+            raise self.refused(f"{_name(func)} sees a gradient, which the graph would lose")
         if _name(func) in WHOLE:
             found = WHOLE[_name(func)](self, args, kwargs)
             if found is not NotImplemented:
@@ -153,6 +156,8 @@ class Recorder(Nodes, TorchFunctionMode):
             raise self.refused(f"{name} changes {self.held[id(subject)]} of the model in place")
         if len(changed) > 1 or not args or args[0] is not subject:
             raise self.refused(f"{name} changes an argument other than its first in place")
+        if subject.requires_grad and not torch.is_grad_enabled():
+            raise self.refused(f"{name} changes what has a gradient in place under torch.no_grad")
         node = self.operand(subject)
         if name == "__setitem__":
             rest = self.operand(tuple(args[1:]))

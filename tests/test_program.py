@@ -190,6 +190,28 @@ def test_reductions_that_sum_get_no_mean() -> None:
             assert relative_l2(gradient, wanted[f"vision.{name}"]) < EXACT
 
 
+def test_a_rank_with_one_sample_keeps_its_dim() -> None:
+    class Squeezed(Model):
+        def forward(self, images: Tensor, clips: Tensor, mask: Tensor) -> Tensor:
+            both = (self.vision(images) + self.audio(clips))[:, :1]
+            out: Tensor = self.decoder(both.squeeze())
+            return out
+
+    base, given = Squeezed().double(), batch(size=8)
+    wanted = base(**given).detach()
+    layouts = {name: Layout(dp=8) for name in MODULES}
+
+    def main(rank: int) -> Tensor:
+        made = copy.deepcopy(base)
+        with colocc.compile(made, layouts, example_inputs=batch()) as program:
+            out: Tensor = program(**given).detach()
+            return out
+
+    for rank, output in enumerate(run_threads(8, main)):
+        assert output.shape == (1, 3)
+        assert relative_l2(output, replica(wanted, layouts["decoder"], rank)) < EXACT
+
+
 def test_the_batch_dim_may_be_another() -> None:
     class Transposed(Model):
         def forward(self, images: Tensor, clips: Tensor, mask: Tensor) -> Tensor:

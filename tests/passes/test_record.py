@@ -131,7 +131,14 @@ def stacked(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tens
     return scatter(model, embeds, ids, torch.stack([*features]))
 
 
+def without_grad(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    with torch.no_grad():
+        size = features.square().mean(dim=(1, 2), keepdim=True)
+    return scatter(model, embeds, ids, features / (size + 1))
+
+
 MERGES: dict[str, Merge] = {
+    "no_grad": without_grad,
     "masked_scatter": scatter,
     "setitem": setitem,
     "setitem on rows": flat_setitem,
@@ -157,6 +164,16 @@ def test_the_graph_computes_what_the_model_does_with_its_gradients(name: str) ->
         torch.testing.assert_close(got, right)
         assert all(torch.equal(value, kept[key]) for key, value in given.items())
         model.cache = None
+
+
+def test_a_graph_that_is_compiled_under_no_grad_trains() -> None:
+    model, given = Model(), batch()
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off:
+            graph = graph_of(model)
+        run(graph, model, given).logits.square().sum().backward()
+        assert all(weight.grad is not None for weight in model.parameters())
+        model.zero_grad()
 
 
 def test_what_an_encoder_made_is_left_out_of_a_returned_dataclass() -> None:
@@ -210,7 +227,27 @@ def from_values(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> 
     return embeds.masked_scatter(embeds > 0, features)
 
 
+def hooked(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    made = features * 1
+    made.register_hook(lambda gradient: gradient / 2)
+    return scatter(model, embeds, ids, made)
+
+
+def cast(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return scatter(model, embeds, ids, features)
+
+
+def changed(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    with torch.no_grad():
+        features.mul_(2)
+    return scatter(model, embeds, ids, features)
+
+
 REFUSED: dict[str, tuple[Merge, str]] = {
+    "a hook": (hooked, "register_hook sees a gradient, which the graph would lose"),
+    "autocast": (cast, "it changes torch.autocast, which the graph would lose"),
+    "in place without a gradient": (changed, "mul_ changes what has a gradient in place under"),
     "a branch on data": (counted, "looks at the value of a tensor"),
     "a loop over samples": (looped, "the number of samples, 8 in the example, is used as a plain"),
     "len": (length_of, "the number of samples, 8 in the example, is used as a plain number"),
