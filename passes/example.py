@@ -85,6 +85,8 @@ def recorded(
             node.meta["shapes"] = _shapes(recorder.sizes, node, value)
         if isinstance(value, torch.Tensor):
             node.meta["sizes"] = tuple(recorder.sizes.expr(length) for length in value.shape)
+        if any(tensor.requires_grad for tensor in tensors_in(value)):
+            node.meta["learns"] = True
         found = {recorder.sizes.items_in(tensor.shape) for tensor in tensors_in(value)} - {None}
         if found:
             node.meta["items"] = found.pop()
