@@ -109,6 +109,8 @@ class Recorder(Nodes, TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if self.depth:
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            raise self.refused("it enters torch.inference_mode: write torch.no_grad")
         if _name(func) in HOOKS:
             raise self.refused(f"{_name(func)} sees a gradient, which the graph would lose")
         if _name(func) in WHOLE:
@@ -132,9 +134,11 @@ class Recorder(Nodes, TorchFunctionMode):
             raise self.refused(LOOKS) from error
         fixed = self.sizes.specialised()
         if fixed is not None:
+            count = self.sizes.hints[fixed]
+            alone = ": with one, it cannot be told from a broadcast. Give an example of two"
             raise self.refused(
-                f"{_name(func)} fixes the number of {self._things(fixed)} to the example's "
-                f"{self.sizes.hints[fixed]}"
+                f"{_name(func)} fixes the number of {self._things(fixed)} to the example's {count}"
+                + alone * (count == 1)
             )
         for symbol, known in self.sizes.environment.replacements.items():
             # What torch asks of a size, to broadcast or to view, is no branch of the forward.
@@ -224,6 +228,7 @@ class Recorder(Nodes, TorchFunctionMode):
                 )
             self._guard_fixed(symbol, name)
         self.node(op, target, *operands, value, name)
+        self.share(tensors_in(value), found.memory)
         return value
 
     def method(self, method: Method, label: str, arguments: dict[str, Any]) -> Any:

@@ -238,6 +238,12 @@ def cast(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
         return scatter(model, embeds, ids, features)
 
 
+def inferred(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    with torch.inference_mode():
+        size = features.square()
+    return scatter(model, embeds, ids, features / size)
+
+
 def changed(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
     with torch.no_grad():
         features.mul_(2)
@@ -247,6 +253,7 @@ def changed(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tens
 REFUSED: dict[str, tuple[Merge, str]] = {
     "a hook": (hooked, "register_hook sees a gradient, which the graph would lose"),
     "autocast": (cast, "it changes torch.autocast, which the graph would lose"),
+    "inference_mode": (inferred, "it enters torch.inference_mode: write torch.no_grad"),
     "in place without a gradient": (changed, "mul_ changes what has a gradient in place under"),
     "a branch on data": (counted, "looks at the value of a tensor"),
     "a loop over samples": (looped, "the number of samples, 8 in the example, is used as a plain"),
@@ -267,6 +274,38 @@ def test_what_is_refused_has_the_users_line_and_the_remedy(name: str) -> None:
     assert problem in message
     assert "passes/test_record.py:" in message
     assert "@colocc.leaf" in message
+
+
+class Twins(Tower):
+    """A tower that returns one tensor twice, and its input."""
+
+    def forward(self, pixels: Tensor, *, scale: float = 1.0) -> Any:
+        made = super().forward(pixels, scale=scale).logits
+        return made, made[:, :1], pixels
+
+
+class Changed(Model):
+    """Changes one part of what its tower returns, and reads another."""
+
+    def __init__(self, changed: int, read: int) -> None:
+        super().__init__()
+        self.vision = Twins(4, 16)
+        self.changed, self.read = changed, read
+
+    def forward(self, ids: Any, *, pixels: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
+        parts = (*self.vision(pixels), pixels)
+        parts[self.changed].mul_(2)
+        return self.language(scatter(self, self.language.embed(ids), ids, self.both(parts)))
+
+    def both(self, parts: Any) -> Tensor:
+        return parts[0] + parts[self.read].flatten(1)[:, :1, None]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("changed", "read"), [(1, 0), (2, 3), (3, 2)])
+def test_parts_of_a_result_that_share_memory(changed: int, read: int) -> None:
+    with pytest.raises(CaptureError, match="shares memory with one that was changed in place"):
+        graph_of(Changed(changed, read))
+    graph_of(Changed(2, 0))
 
 
 def test_a_leaf_that_looks_at_data_says_its_shapes() -> None:
