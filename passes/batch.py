@@ -247,7 +247,8 @@ def _check(graph: Graph, node: fx.Node) -> None:
         (name in BY_DIM, _other_dim),
         (name in SHAPING, lambda n, _: _one_batch(n)),
         (name in FLATTENING, lambda n, _: _leading(n)),
-        (name in LAST_DIM, lambda n, _: _not_last(n)),
+        (name == "linear", lambda n, _: _not_last(n)),
+        (name == "embedding", lambda n, _: _looked_up(n)),
         (name == "pad", lambda n, _: _pad(n)),
         (name in NORMS, lambda n, _: _norm(n)),
         (name in ("matmul", "bmm", "einsum"), lambda n, _: name != "einsum" and _matmul(n)),
@@ -294,8 +295,9 @@ def _same_batch(node: fx.Node, name: str) -> bool:
 
 
 def _argument(node: fx.Node, index: int, default: Any) -> Any:
-    if "dim" in node.kwargs:
-        return node.kwargs["dim"]
+    for name in ("dim", "axis"):
+        if name in node.kwargs:
+            return node.kwargs[name]
     return node.args[index] if len(node.args) > index else default
 
 
@@ -318,6 +320,12 @@ def _leading(node: fx.Node) -> bool:
 def _not_last(node: fx.Node) -> bool:
     found = [t for t in _types(node) if t.batch is not None]
     return all(t.batch != len(t.dims) - 1 or len(t.dims) == 1 for t in found) and _one_batch(node)
+
+
+def _looked_up(node: fx.Node) -> bool:
+    """The table is the same for all samples: its rows are no samples."""
+    tables = [t for t in _types(node) if t.dtype[0] not in "iu"]
+    return all(t.batch is None for t in tables) and _one_batch(node)
 
 
 def _pad(node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
+import torch
 from torch import fx, nn
 
 from colocc.errors import CaptureError, LayoutError
@@ -25,6 +26,7 @@ from colocc.passes.example import recorded
 from colocc.passes.graph import Graph, Method, Traits
 from colocc.passes.record import active
 from colocc.passes.rows import BatchDims, RowsPerItem
+from colocc.passes.shared import check_tied
 from colocc.passes.trace import Input, trace, tracer_of
 from colocc.passes.watch import TRACING
 
@@ -75,14 +77,16 @@ def capture(
     """Return the graph of ``model.forward``.
 
     Raises: LayoutError for a module in ``layouts`` that the model lacks, or parameters that no
-    layout covers; CaptureError, with the user's line and the remedy, for a forward that cannot be
-    traced.
+    layout covers, or several; CaptureError, with the user's line and the remedy, for a forward that
+    cannot be traced.
     """
     traits = traits or Traits()
     targets = find_targets(model, layouts, traits)
     check_covered(model, targets)
+    check_tied(model, dict(layouts), targets)
     graph = Graph(fx.Graph(), type(model).__name__, dict(layouts), targets)
-    with TRACING:
+    # Whoever compiles may be inside no_grad: only what the forward does itself is its own.
+    with TRACING, torch.inference_mode(False), torch.enable_grad():
         if example_inputs is None:
             graph.fx = trace(model, targets, traits, _inputs(model, traits))
         else:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from colocc.errors import CaptureError, LayoutError
 from colocc.passes.graph import Graph, Traits
-from colocc.passes.guards import ValueGuard
+from colocc.passes.guards import LengthGuard, ValueGuard
 from colocc.passes.handed import hand_on
 from colocc.passes.items import one_item_each
 from colocc.passes.prune import prune
@@ -28,7 +29,7 @@ from colocc.passes.rows import (
     rows_per_sample,
 )
 from colocc.passes.shapes import batch_size_of, short_dtype
-from colocc.passes.sizes import Number, Sizes, dims_of
+from colocc.passes.sizes import Number, Origin, Sizes, dims_of
 from colocc.passes.source import line_of
 from colocc.passes.structure import is_constant, tensors_in
 from colocc.passes.trace import explained
@@ -84,6 +85,8 @@ def recorded(
             node.meta["shapes"] = _shapes(recorder.sizes, node, value)
         if isinstance(value, torch.Tensor):
             node.meta["sizes"] = tuple(recorder.sizes.expr(length) for length in value.shape)
+        if any(tensor.requires_grad for tensor in tensors_in(value)):
+            node.meta["learns"] = True
         found = {recorder.sizes.items_in(tensor.shape) for tensor in tensors_in(value)} - {None}
         if found:
             node.meta["items"] = found.pop()
@@ -151,6 +154,7 @@ def _arguments(
             recorder.placeholder(path, made, value)
             dtype = str(value.dtype).removeprefix("torch.")
             recorder.guards.values.append(ValueGuard(path, "dtype", dtype))
+            recorder.guards.lengths.append(_lengths(recorder.sizes, path, made))
             return made
         if isinstance(value, Mapping):
             return {key: make((*path, str(key)), item) for key, item in value.items()}
@@ -180,6 +184,17 @@ def _arguments(
             if needed or name in traits.inputs:
                 arguments[name] = recorder.unknown((name,), required=name not in traits.inputs)
     return arguments
+
+
+def _lengths(sizes: Sizes, path: tuple[str, ...], value: torch.Tensor) -> LengthGuard:
+    """What a recording takes for granted of the lengths of an input."""
+
+    def granted(dim: int, length: Any) -> sympy.Expr | None:
+        expr = sizes.expr(length)
+        own = sizes.origins.get(expr) == Origin(path, dim)
+        return None if own or sizes.growing(expr) else expr
+
+    return LengthGuard(path, tuple(granted(*found) for found in enumerate(value.shape)))
 
 
 def _not_an_input(name: str, value: Any) -> str:

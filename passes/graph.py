@@ -4,7 +4,9 @@ What a pass knows of a node stands in ``node.meta`` under one of these keys:
 
 path      of a placeholder: where its value stands in the batch, ("modality_inputs", "images")
 line      the user's source line that made the node, "mimo.py:31 self.vision(...)"
+no_grad   True of what the forward computes under torch.no_grad
 shapes    (dtype, dims, batch dim) of each tensor that it makes; None where nothing is known
+learns    True of a value that has a gradient                       (of recorded graphs)
 module    the name in ``layouts`` on whose layout the node runs            (from propagate on)
 types     the types of its tensors, a pytree shaped like its value         (from propagate on)
 items     of a value whose dim holds items, not samples: the module that Items names
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     import sympy
 
     from colocc.passes.guards import Guards
+
+GRADIENTS = ("call_function", "call_method", "call_module")
+"""The ops of nodes that compute."""
 
 Reduction = Literal["mean", "sum"]
 

@@ -18,7 +18,7 @@ from torch import fx
 
 from colocc.passes.shapes import lookup
 from colocc.passes.sizes import Origin, evaluated
-from colocc.passes.structure import is_constant
+from colocc.passes.structure import is_constant, same_constant
 
 REMEDY = "Compile again with such a batch as example_inputs, or give batches like the example's."
 
@@ -46,6 +46,15 @@ class ValueGuard:
         return (
             f"{name}.dtype is {self.value}" if self.what == "dtype" else f"{name} is {self.value!r}"
         )
+
+
+@dataclass(frozen=True)
+class LengthGuard:
+    """The lengths of an input that the recording took for granted, by dim: a number, which stayed
+    one (0 or 1), or the symbol of an equal length of another input. Others are None."""
+
+    path: tuple[str, ...]
+    lengths: tuple[sympy.Expr | None, ...]
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,7 @@ class Guards:
     items: Mapping[str, sympy.Symbol] = field(default_factory=dict)
     sizes: list[SizeGuard] = field(default_factory=list)
     values: list[ValueGuard] = field(default_factory=list)
+    lengths: list[LengthGuard] = field(default_factory=list)
     modes: list[ModeGuard] = field(default_factory=list)
     scatters: list[ScatterGuard] = field(default_factory=list)
 
@@ -131,12 +141,16 @@ class Guards:
                 value = str(value.dtype).removeprefix("torch.")
             elif guard.what == "dtype":
                 continue
-            if not is_constant(value) or value != guard.value:
+            if not is_constant(value) or not same_constant(value, guard.value):
                 return (
                     f"this batch has {'.'.join(guard.path)} {value!r}, and the graph holds where "
                     f"{guard.text}. {REMEDY}"
                 )
         known = self.known(batch, total)
+        for lengths in self.lengths:
+            problem = self._other_lengths(lengths, lookup(batch, lengths.path), known)
+            if problem is not None:
+                return f"this batch has {problem}. {REMEDY}"
         for size, count in product(self.sizes, counts):
             here = known | {self.batch: count}
             symbols = size.condition.free_symbols
@@ -145,6 +159,28 @@ class Guards:
                 return (
                     f"this batch has {', '.join(values)}, and the graph holds where {size.text} "
                     f"({size.line}). {REMEDY}"
+                )
+        return None
+
+    def _other_lengths(
+        self, guard: LengthGuard, value: Any, known: Mapping[sympy.Symbol, int]
+    ) -> str | None:
+        """What an input has, and what it has in the graph, if these are not alike."""
+        name = ".".join(guard.path)
+        if not isinstance(value, torch.Tensor):
+            return None
+        if value.dim() != len(guard.lengths):
+            dims = len(guard.lengths)
+            return f"{name} with {value.dim()} dims, and the graph holds where it has {dims}"
+        for dim, (length, wanted) in enumerate(zip(value.shape, guard.lengths, strict=True)):
+            if wanted is None or not wanted.free_symbols <= set(known):
+                continue
+            if length != (number := evaluated(wanted, known)):
+                shown = self.shown(wanted)
+                equals = f"{shown} = {number}" if wanted.free_symbols else shown
+                return (
+                    f"{name}.shape[{dim}] = {length}, and the graph holds where that is {equals}, "
+                    "as in the example"
                 )
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from colocc.errors import CaptureError
+from colocc.passes.graph import GRADIENTS
 from colocc.passes.parts import Pieces
 from colocc.passes.sizes import Number, Origin, Sizes, dims_of
 from colocc.passes.source import line_here
@@ -49,10 +50,13 @@ class Nodes:
         # By id: the value, the node that makes it or holds it, and the step into that node's value.
         self._known: dict[int, tuple[Any, fx.Node, tuple[Step, ...]]] = {}
         self._stale: dict[int, str] = {}
+        # By the storage of a tensor that a module made: that of the tensor whose memory it has.
+        self._memory: dict[int, int] = {}
         self._numbers: dict[str, fx.Node] = {}
         self._inputs: dict[tuple[str, ...], fx.Node] = {}
         self._examples: dict[int, torch.Tensor] = {}
         self.held = _tensors_of(model)
+        self._autocast = _autocast(device)
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -67,8 +71,15 @@ class Nodes:
         self, op: str, target: Any, args: Any, kwargs: Any, value: Any, name: str | None = None
     ) -> fx.Node:
         """Make a node and remember what it makes."""
+        if op != "placeholder" and _autocast(self.device) != self._autocast:
+            raise self.refused(
+                "it changes torch.autocast, which the graph would lose. Put the context around "
+                "program(**batch), or into the forward of a module of the layouts"
+            )
         made = self.graph.create_node(op, target, args, kwargs, name)
         made.meta.update(line=line_here(), value=value)
+        if op in GRADIENTS and not torch.is_grad_enabled():
+            made.meta["no_grad"] = True
         self._check_grows(made, value)
         self.know(value, made)
         if op == "placeholder":
@@ -239,11 +250,25 @@ class Nodes:
         self._numbers[str(expr)] = made
         return made
 
+    def share(self, tensors: Iterable[torch.Tensor], memory: Iterable[Any]) -> None:
+        """Tensors with the same entry of ``memory``, or with a tensor there, share what they are
+        changed in."""
+        first: dict[Any, torch.Tensor] = {}
+        for tensor, key in zip(tensors, memory, strict=True):
+            other = key if isinstance(key, torch.Tensor) else first.setdefault(key, tensor)
+            self._memory[self._memory_of(tensor)] = self._memory_of(other)
+
+    def _memory_of(self, tensor: torch.Tensor) -> int:
+        with self.inside():
+            storage = int(tensor.untyped_storage()._cdata)
+        return self._memory.get(storage, storage)
+
     def outdate(self, subject: torch.Tensor) -> None:
-        storage = subject.untyped_storage()._cdata
+        """What shares memory with ``subject``, which was changed, must not be read any more."""
+        memory = self._memory_of(subject)
         for key, (value, _, _) in self._known.items():
             shares = isinstance(value, torch.Tensor) and value is not subject
-            if shares and value.untyped_storage()._cdata == storage:
+            if shares and self._memory_of(value) == memory:
                 self._stale[key] = line_here()
 
     def refused(self, problem: str, where: str | None = None) -> CaptureError:
@@ -252,6 +277,11 @@ class Nodes:
             f"{type(self.model).__name__}.forward cannot be traced: {problem}.\n"
             f"  {where or f'at {line_here()}'}\n  {LEAF_REMEDY}"
         )
+
+
+def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    kind = device.type
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
 def _plain(expr: sympy.Basic) -> Any:

@@ -78,7 +78,9 @@ def _complete(pieces: list[Piece | None]) -> Piece | None:
 
 
 def _argument(args: Any, kwargs: Any, index: int, name: str, default: Any) -> Any:
-    return args[index] if len(args) > index else kwargs.get(name, default)
+    if len(args) > index:
+        return args[index]
+    return kwargs.get(name, kwargs.get("axis", default) if name == "dim" else default)
 
 
 def _unbind(recorder: Recorder, args: Any, kwargs: Any) -> Any:
@@ -141,6 +143,23 @@ def _stack(recorder: Recorder, args: Any, kwargs: Any) -> Any:
     return piece.whole
 
 
+def _squeeze(recorder: Recorder, args: Any, kwargs: Any) -> Any:
+    """Squeeze the dims that are 1 in the example: a rank may see one sample, and keeps its dim."""
+    value = args[0] if args else kwargs["input"]
+    dims = _argument(args, kwargs, 1, "dim", tuple(range(value.dim())))
+    kept = []
+    for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
+        length = recorder.sizes.expr(value.shape[dim])
+        if length == 1:
+            kept.append(dim)
+        elif not recorder.sizes.growing(length):
+            recorder.branched(sympy.Eq(length, 1), False)
+    with recorder.inside():
+        made = value.squeeze(tuple(kept))
+    recorder.node("call_method", "squeeze", (recorder.operand(value), tuple(kept)), {}, made)
+    return made
+
+
 def _item(recorder: Recorder, args: Any, kwargs: Any) -> Any:
     """A count of one sample, as a number that nothing is known of."""
     piece = recorder.pieces.of(args[0])
@@ -169,6 +188,7 @@ WHOLE: dict[str, Callable[[Recorder, Any, Any], Any]] = {
     "cat": _cat,
     "concat": _cat,
     "stack": _stack,
+    "squeeze": _squeeze,
     "item": _item,
     "__len__": _len,
 }

@@ -33,6 +33,7 @@ class Probe:
     value: Any
     shapes: list[tuple[sympy.Expr, ...]] = field(default_factory=list)
     fixed: list[sympy.Symbol] = field(default_factory=list)
+    memory: list[Any] = field(default_factory=list)
 
 
 def probe(
@@ -51,9 +52,12 @@ def probe(
     def at(values: Values) -> list[torch.Tensor]:
         return list(tensors_in(_run(sizes, call, args, kwargs, values, known)))
 
-    whole = _run(sizes, call, args, kwargs, sizes.hints, known)
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    whole = _run(sizes, call, args, kwargs, sizes.hints, known, made)
     found = Probe(whole)
     base = list(tensors_in(whole))
+    given = {_memory(fake): argument for argument, fake in made.values()}
+    found.memory = [given.get(_memory(tensor), _memory(tensor)) for tensor in base]
     doubled = at(sizes.hints | {sizes.batch: 2 * sizes.hints[sizes.batch]})
     grown: dict[sympy.Symbol, list[torch.Tensor]] = {}
     for symbol in _symbols(sizes, (args, kwargs)):
@@ -128,10 +132,12 @@ def _run(
     kwargs: Any,
     values: Values,
     known: Callable[[torch.Tensor], torch.Tensor | None],
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Any:
+    """What ``call`` returns; ``made`` gets each argument and the tensor in its place, by id."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     integers = KnownIntegers(mode)
-    made: dict[int, torch.Tensor] = {}
+    made = {} if made is None else made
 
     def number(value: Any) -> Any:
         return evaluated(sizes.expr(value), values)
@@ -143,8 +149,8 @@ def _run(
             shape = [number(length) for length in tensor.shape]
             new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
             real = _resized(known(tensor), shape)
-            made[id(tensor)] = new if real is None else integers.keep(new, real)
-        return made[id(tensor)]
+            made[id(tensor)] = tensor, new if real is None else integers.keep(new, real)
+        return made[id(tensor)][1]
 
     def concrete(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -159,6 +165,10 @@ def _run(
         args, kwargs = concrete(args), concrete(kwargs)
         with integers:
             return call(*args, **kwargs)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _resized(real: torch.Tensor | None, shape: list[int]) -> torch.Tensor | None:

@@ -57,6 +57,7 @@ OPERATORS = {
         "xor": operator.xor,
     }.items()
 }
+HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 Rule = Callable[[Mapping[str, Any]], Any]
 """From arguments by name to (dtype, shape) for each tensor of the result; None if not known."""
 
@@ -108,6 +109,10 @@ class Recorder(Nodes, TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if self.depth:
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            raise self.refused("it enters torch.inference_mode: write torch.no_grad")
+        if _name(func) in HOOKS:
+            raise self.refused(f"{_name(func)} sees a gradient, which the graph would lose")
         if _name(func) in WHOLE:
             found = WHOLE[_name(func)](self, args, kwargs)
             if found is not NotImplemented:
@@ -129,9 +134,11 @@ class Recorder(Nodes, TorchFunctionMode):
             raise self.refused(LOOKS) from error
         fixed = self.sizes.specialised()
         if fixed is not None:
+            count = self.sizes.hints[fixed]
+            alone = ": with one, it cannot be told from a broadcast. Give an example of two"
             raise self.refused(
-                f"{_name(func)} fixes the number of {self._things(fixed)} to the example's "
-                f"{self.sizes.hints[fixed]}"
+                f"{_name(func)} fixes the number of {self._things(fixed)} to the example's {count}"
+                + alone * (count == 1)
             )
         for symbol, known in self.sizes.environment.replacements.items():
             # What torch asks of a size, to broadcast or to view, is no branch of the forward.
@@ -153,6 +160,8 @@ class Recorder(Nodes, TorchFunctionMode):
             raise self.refused(f"{name} changes {self.held[id(subject)]} of the model in place")
         if len(changed) > 1 or not args or args[0] is not subject:
             raise self.refused(f"{name} changes an argument other than its first in place")
+        if subject.requires_grad and not torch.is_grad_enabled():
+            raise self.refused(f"{name} changes what has a gradient in place under torch.no_grad")
         node = self.operand(subject)
         if name == "__setitem__":
             rest = self.operand(tuple(args[1:]))
@@ -219,6 +228,7 @@ class Recorder(Nodes, TorchFunctionMode):
                 )
             self._guard_fixed(symbol, name)
         self.node(op, target, *operands, value, name)
+        self.share(tensors_in(value), found.memory)
         return value
 
     def method(self, method: Method, label: str, arguments: dict[str, Any]) -> Any:

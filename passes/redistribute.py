@@ -26,6 +26,7 @@ from colocc.errors import LayoutError
 from colocc.passes.graph import Graph, first_type
 from colocc.passes.items import entries
 from colocc.passes.sequences import sequences
+from colocc.passes.shared import check_shared
 from colocc.passes.solve.solver import check_pair, solve
 from colocc.sequence import axes_of
 from colocc.types import Type
@@ -60,8 +61,12 @@ def redistribute(
             check_pair((name, layout), sink)
     for node in graph.nodes:
         for module in sorted({user.meta["module"] for user in node.users}):
-            if module != node.meta["module"] and _moves(node):
+            if module == node.meta["module"]:
+                continue
+            if _moves(node):
                 _bridge(graph, node, module, ranks_per_node)
+            else:
+                check_shared(graph, node, module)
     return graph
 
 

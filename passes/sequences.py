@@ -149,5 +149,5 @@ def _normalized(node: fx.Node, name: str) -> int:
 
 
 def _argument(node: fx.Node, index: int) -> Any:
-    found = node.kwargs.get("dim")
+    found = node.kwargs.get("dim", node.kwargs.get("axis"))
     return found if found is not None or len(node.args) <= index else node.args[index]

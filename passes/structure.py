@@ -77,6 +77,20 @@ def is_constant(value: Any) -> bool:
     return (children(value) is not None or value is parts) and all(map(is_constant, parts))
 
 
+def same_constant(left: Any, right: Any) -> bool:
+    """Whether two constants are equal and of one kind: 1, 1.0 and True are three; nan is itself."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, (set, frozenset)):
+        return left == right and {(type(x), x) for x in left} == {(type(x), x) for x in right}
+    parts, others = children(left), children(right)
+    if parts is None or others is None:
+        return bool(left == right or (left != left and right != right))
+    return [step for step, _ in parts] == [step for step, _ in others] and all(
+        same_constant(part, other) for (_, part), (_, other) in zip(parts, others, strict=True)
+    )
+
+
 def is_plain(value: Any) -> bool:
     """Whether an FX argument can hold this container as it is."""
     return type(value) in (dict, list, tuple, slice)

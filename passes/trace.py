@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from colocc.errors import CaptureError, LayoutError
-from colocc.passes.graph import Method, Traits
+from colocc.passes.graph import GRADIENTS, Method, Traits
 from colocc.passes.handed import hand_on
 from colocc.passes.source import line_in, line_of
 from colocc.passes.watch import watched
@@ -68,6 +69,12 @@ class _Tracer(fx.Tracer):
             return True
         # A module of torch's own without parameters (GELU, Dropout) is one glue operation.
         return bool(super().is_leaf_module(m, module_qualified_name))
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        made = super().create_node(kind, *args, **kwargs)
+        if kind in GRADIENTS and not torch.is_grad_enabled():
+            made.meta["no_grad"] = True
+        return made
 
     def sees(self, args: Any, kwargs: Any) -> bool:
         return tracer_of(args, kwargs) is self

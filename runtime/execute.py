@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from colocc.passes.graph import Graph, Method
@@ -53,7 +54,12 @@ class Executor:
         self.own = len(self.nodes)
         if settle is not None:
             self.nodes, self.own = _own_first(self.nodes, redistributions)
-        self.runs = {node: self._runs(node) for node in self.nodes}
+        self.runs = {
+            node: partial(_without_grad, self._runs(node))
+            if node.meta.get("no_grad")
+            else self._runs(node)
+            for node in self.nodes
+        }
         self.results = results
         self.samples: int | None = None
         last: dict[fx.Node, fx.Node] = {}
@@ -116,6 +122,13 @@ class Executor:
 def _called(instead: Callable[..., Any], node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     return instead(*args, **kwargs)
+
+
+def _without_grad(
+    run: Callable[[Mapping[fx.Node, Any]], Any], values: Mapping[fx.Node, Any]
+) -> Any:
+    with torch.no_grad():
+        return run(values)
 
 
 def _own_first(

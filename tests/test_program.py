@@ -22,6 +22,7 @@ from tests.harness import run_threads
 from tests.plain import (
     BATCH,
     LAYOUTS,
+    LENGTH,
     MODULES,
     ORDERS,
     Model,
@@ -189,6 +190,28 @@ def test_reductions_that_sum_get_no_mean() -> None:
             assert relative_l2(gradient, wanted[f"vision.{name}"]) < EXACT
 
 
+def test_a_rank_with_one_sample_keeps_its_dim() -> None:
+    class Squeezed(Model):
+        def forward(self, images: Tensor, clips: Tensor, mask: Tensor) -> Tensor:
+            both = (self.vision(images) + self.audio(clips))[:, :1]
+            out: Tensor = self.decoder(both.squeeze())
+            return out
+
+    base, given = Squeezed().double(), batch(size=8)
+    wanted = base(**given).detach()
+    layouts = {name: Layout(dp=8) for name in MODULES}
+
+    def main(rank: int) -> Tensor:
+        made = copy.deepcopy(base)
+        with colocc.compile(made, layouts, example_inputs=batch()) as program:
+            out: Tensor = program(**given).detach()
+            return out
+
+    for rank, output in enumerate(run_threads(8, main)):
+        assert output.shape == (1, 3)
+        assert relative_l2(output, replica(wanted, layouts["decoder"], rank)) < EXACT
+
+
 def test_the_batch_dim_may_be_another() -> None:
     class Transposed(Model):
         def forward(self, images: Tensor, clips: Tensor, mask: Tensor) -> Tensor:
@@ -350,6 +373,41 @@ def test_a_batch_that_does_not_divide() -> None:
     contains(text, "7 samples, decoder (tp4 dp2) has 2 dp", "7 % 2 = 1", "a multiple of 2")
     text = refused(8, calling(lambda given, _: given.update(batch(size=6))))
     contains(text, "vision (tp2 dp4) must cut", "3 % 2 = 1", "a multiple of 4 samples")
+
+
+def test_lengths_that_are_not_those_of_the_example() -> None:
+    """A length of one, and lengths that are equal in the example, are read as such."""
+
+    class Counted(Model):
+        def forward(self, images: Tensor, clips: Tensor, mask: Tensor) -> Tensor:
+            seen = self.vision(images).sum(1) * mask.shape[1] / images.shape[1]
+            out: Tensor = self.decoder(seen + self.audio(clips).sum(1) * clips.shape[1])
+            return out
+
+    def cut(**lengths: int) -> dict[str, Tensor]:
+        return {name: value[:, : lengths.get(name)] for name, value in batch().items()}
+
+    def work(example: dict[str, Tensor], given: dict[str, Tensor]) -> Callable[[int], Any]:
+        return lambda _: colocc.compile(Counted().double(), LAYOUTS, example_inputs=example)(
+            **given
+        )
+
+    text = refused(8, work(cut(clips=1), batch()))
+    contains(text, "clips.shape[1] = 5, and the graph holds where that is 1, as in the example")
+    assert refused(8, work(batch(), cut(clips=3, mask=2))) == "accepted"
+
+    def flat(given: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        return {**given, "clips": given["clips"].sum(-1)[:, :length]}
+
+    class Flat(Counted):
+        def forward(self, images: Tensor, clips: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(images, clips[..., None].expand(-1, -1, 4), mask)
+
+    def alike(_: int) -> None:
+        example = flat(batch(), LENGTH)
+        colocc.compile(Flat().double(), LAYOUTS, example_inputs=example)(**flat(batch(), 3))
+
+    contains(refused(8, alike), "this batch has mask.shape[1] = 5, and the graph holds where that ")
 
 
 def test_one_rank_with_another_batch() -> None:

@@ -49,6 +49,7 @@ KEPT: dict[str, Glue] = {
     "layer_norm": lambda x, mask: F.layer_norm(x, (8,)),
     "matmul per sample": lambda x, mask: (x @ x.transpose(1, 2)) @ x,
     "split of features": lambda x, mask: torch.cat(torch.split(x, 4, -1), -1),
+    "squeeze": lambda x, mask: (x[:, :1].squeeze()[:, None] + x).squeeze(0),
     "stack on a new dim": lambda x, mask: torch.stack([x, x], 1).sum(1),
 }
 
@@ -63,6 +64,8 @@ def test_glue_that_keeps_samples_apart_passes(name: str) -> None:
     assert graph.plans[next(iter(graph.plans))].scale == Fraction(2)
 
 
+# torch takes the name that numpy gives a dim.
+AXIS: Any = {"axis": 0}
 REFUSED: dict[str, tuple[str, Glue]] = {
     "mean over the batch": ("mean", lambda x, mask: x - x.mean(0, keepdim=True)),
     "mean of everything": ("mean", lambda x, mask: x - x.mean()),
@@ -84,6 +87,11 @@ REFUSED: dict[str, tuple[str, Glue]] = {
     ),
     "outer product of samples": ("matmul", lambda x, mask: x.flatten(1) @ x.flatten(1).t()),
     "sort of samples": ("sort", lambda x, mask: x.sort(dim=0)[0]),
+    "sort along an axis": ("sort", lambda x, mask: torch.sort(x, **AXIS)[0]),
+    "samples looked up": (
+        "embedding",
+        lambda x, mask: F.embedding(mask.sum((1, 2)), x.flatten(1)).unflatten(1, (5, 8)),
+    ),
     "pairs of samples": ("sub", lambda x, mask: x[:, None] - x[None]),
     "einsum": ("einsum", lambda x, mask: torch.einsum("bth,cth->bth", x, x)),
     "normalize over the batch": ("normalize", lambda x, mask: F.normalize(x, dim=0)),

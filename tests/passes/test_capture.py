@@ -243,6 +243,21 @@ no layout covers the parameter language.weight [8, 8]: layouts names vision (vis
     )
 
 
+def test_a_weight_that_two_layouts_share() -> None:
+    model = Pair()
+    model.vision = nn.Linear(8, 8)
+    model.vision.weight = model.language.weight
+    assert_expected_inline(
+        refusal(LayoutError, lambda: capture(model, PAIR_LAYOUTS)),
+        """\
+vision (tp2 dp4) and language (tp4 dp2) share the weight language.weight, whose gradient each
+    would reduce over other ranks. Give them one layout, or each its own copy.""",
+    )
+    capture(model, dict.fromkeys(PAIR_LAYOUTS, Layout(tp=8)))
+    model.requires_grad_(False)
+    capture(model, PAIR_LAYOUTS)
+
+
 class Nested(Pair):
     def __init__(self) -> None:
         super().__init__()

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import sympy
 import torch
 from torch import fx
 
-from colocc.passes.guards import REMEDY, Guards, ModeGuard, ScatterGuard, SizeGuard, ValueGuard
+from colocc.passes.guards import (
+    REMEDY,
+    Guards,
+    LengthGuard,
+    ModeGuard,
+    ScatterGuard,
+    SizeGuard,
+    ValueGuard,
+)
 from colocc.passes.sizes import Origin
 
 SAMPLES, LENGTH, EACH = sympy.symbols("b s r", integer=True, positive=True)
@@ -71,6 +80,41 @@ def test_values_and_dtypes() -> None:
     assert dtype.failed({"ids": torch.zeros(4, 6, dtype=torch.int64)}, 4, [4]) is None
     problem = dtype.failed(batch(), 4, [4])
     assert problem is not None and "ids 'float32', and the graph holds where ids.dtype" in problem
+
+
+@pytest.mark.parametrize(
+    ("value", "other"), [(1, True), (2, 2.0), ([0, 1], [False, 1]), ({1}, {True}), ((2,), [2])]
+)
+def test_a_constant_of_another_kind_is_another(value: Any, other: Any) -> None:
+    kept = guards(values=[ValueGuard(("flag",), "value", value)])
+    assert kept.failed({"flag": value}, 4, [4]) is None
+    problem = kept.failed({"flag": other}, 4, [4])
+    assert problem is not None and f"has flag {other!r}" in problem
+
+
+def test_a_constant_that_is_no_number_is_itself() -> None:
+    kept = guards(values=[ValueGuard(("scale",), "value", float("nan"))])
+    assert kept.failed({"scale": float("nan")}, 4, [4]) is None
+    assert kept.failed({"scale": 1.0}, 4, [4]) is not None
+
+
+def test_lengths_that_the_recording_took_for_granted() -> None:
+    found = guards(lengths=[LengthGuard(("mask",), (None, sympy.Integer(1), LENGTH))])
+    given = batch()
+    assert found.failed(given, 4, [4]) is None
+    assert found.failed({**given, "mask": torch.zeros(4, 1, 6)}, 4, [4]) is None
+    for shape, problem in (
+        ((4, 1), "mask with 2 dims, and the graph holds where it has 3"),
+        ((4, 3, 6), "mask.shape[1] = 3, and the graph holds where that is 1, as in the example"),
+        (
+            (4, 1, 5),
+            "mask.shape[2] = 5, and the graph holds where that is ids.shape[1] = 6, as in the "
+            "example",
+        ),
+    ):
+        told = found.failed({**given, "mask": torch.zeros(shape)}, 4, [4])
+        assert told == f"this batch has {problem}. {REMEDY}"
+    assert found.failed({"mask": torch.zeros(4, 1, 5)}, 4, [4]) is None
 
 
 def test_every_guard_has_a_line_on_the_page() -> None:

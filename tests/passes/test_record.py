@@ -131,7 +131,14 @@ def stacked(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tens
     return scatter(model, embeds, ids, torch.stack([*features]))
 
 
+def without_grad(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    with torch.no_grad():
+        size = features.square().mean(dim=(1, 2), keepdim=True)
+    return scatter(model, embeds, ids, features / (size + 1))
+
+
 MERGES: dict[str, Merge] = {
+    "no_grad": without_grad,
     "masked_scatter": scatter,
     "setitem": setitem,
     "setitem on rows": flat_setitem,
@@ -157,6 +164,16 @@ def test_the_graph_computes_what_the_model_does_with_its_gradients(name: str) ->
         torch.testing.assert_close(got, right)
         assert all(torch.equal(value, kept[key]) for key, value in given.items())
         model.cache = None
+
+
+def test_a_graph_that_is_compiled_under_no_grad_trains() -> None:
+    model, given = Model(), batch()
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off:
+            graph = graph_of(model)
+        run(graph, model, given).logits.square().sum().backward()
+        assert all(weight.grad is not None for weight in model.parameters())
+        model.zero_grad()
 
 
 def test_what_an_encoder_made_is_left_out_of_a_returned_dataclass() -> None:
@@ -210,7 +227,34 @@ def from_values(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> 
     return embeds.masked_scatter(embeds > 0, features)
 
 
+def hooked(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    made = features * 1
+    made.register_hook(lambda gradient: gradient / 2)
+    return scatter(model, embeds, ids, made)
+
+
+def cast(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return scatter(model, embeds, ids, features)
+
+
+def inferred(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    with torch.inference_mode():
+        size = features.square()
+    return scatter(model, embeds, ids, features / size)
+
+
+def changed(model: Model, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    with torch.no_grad():
+        features.mul_(2)
+    return scatter(model, embeds, ids, features)
+
+
 REFUSED: dict[str, tuple[Merge, str]] = {
+    "a hook": (hooked, "register_hook sees a gradient, which the graph would lose"),
+    "autocast": (cast, "it changes torch.autocast, which the graph would lose"),
+    "inference_mode": (inferred, "it enters torch.inference_mode: write torch.no_grad"),
+    "in place without a gradient": (changed, "mul_ changes what has a gradient in place under"),
     "a branch on data": (counted, "looks at the value of a tensor"),
     "a loop over samples": (looped, "the number of samples, 8 in the example, is used as a plain"),
     "len": (length_of, "the number of samples, 8 in the example, is used as a plain number"),
@@ -230,6 +274,38 @@ def test_what_is_refused_has_the_users_line_and_the_remedy(name: str) -> None:
     assert problem in message
     assert "passes/test_record.py:" in message
     assert "@colocc.leaf" in message
+
+
+class Twins(Tower):
+    """A tower that returns one tensor twice, and its input."""
+
+    def forward(self, pixels: Tensor, *, scale: float = 1.0) -> Any:
+        made = super().forward(pixels, scale=scale).logits
+        return made, made[:, :1], pixels
+
+
+class Changed(Model):
+    """Changes one part of what its tower returns, and reads another."""
+
+    def __init__(self, changed: int, read: int) -> None:
+        super().__init__()
+        self.vision = Twins(4, 16)
+        self.changed, self.read = changed, read
+
+    def forward(self, ids: Any, *, pixels: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
+        parts = (*self.vision(pixels), pixels)
+        parts[self.changed].mul_(2)
+        return self.language(scatter(self, self.language.embed(ids), ids, self.both(parts)))
+
+    def both(self, parts: Any) -> Tensor:
+        return parts[0] + parts[self.read].flatten(1)[:, :1, None]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("changed", "read"), [(1, 0), (2, 3), (3, 2)])
+def test_parts_of_a_result_that_share_memory(changed: int, read: int) -> None:
+    with pytest.raises(CaptureError, match="shares memory with one that was changed in place"):
+        graph_of(Changed(changed, read))
+    graph_of(Changed(2, 0))
 
 
 def test_a_leaf_that_looks_at_data_says_its_shapes() -> None:

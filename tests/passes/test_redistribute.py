@@ -293,3 +293,88 @@ def test_a_projector_runs_with_its_reader_where_both_cut_the_sequence_alike(sp: 
     graph = graph_of(Projected(), layouts, batch, sequence_dims=lengths)
     assert graph.home("projector") == ("projector" if sp else "language")
     assert len(graph.plans) == (2 if sp else 1)
+
+
+class Table(Pair):
+    """A language model that reads a table of weights beside the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 8)
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.language(self.vision(images) + self.table(torch.arange(5)))
+        return out
+
+
+TABLED = {"vision": Layout(dp=4), "table": Layout(tp=4), "language": Layout(tp=2, dp=2)}
+
+
+def test_a_table_whose_gradient_would_be_that_of_some_samples_is_refused() -> None:
+    assert_expected_inline(
+        refusal(LayoutError, lambda: graph_of(Table(), TABLED, PAIR_BATCH)),
+        """\
+table of table (tp4 dp1) is one value for all samples, and language (tp2 dp2) reads it
+    (passes/test_redistribute.py:306 out: torch.Tensor = self.language(self.vision(images) +
+    self.table(torch.arange(5)))): ranks get gradients of different samples, and the groups over
+    dp of table do not have equally many of each. Give table the layout of language, or dp over
+    all ranks.""",
+    )
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=4), Layout(tp=2, dp=2), Layout(cp=2, dp=2)])
+def test_a_table_that_sees_all_samples_is_not_moved(layout: Layout) -> None:
+    graph = graph_of(Table(), {**TABLED, "table": layout}, PAIR_BATCH)
+    assert list(graph.plans) == ["vision_language"]
+
+
+def test_a_table_that_learns_nothing_may_have_any_layout() -> None:
+    model = Table()
+    model.table.requires_grad_(False)
+    graph_of(model, TABLED, PAIR_BATCH)
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.exp()
+
+
+class Scaled(Table):
+    def forward(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.language(self.vision(images) * self.table())
+        return out
+
+
+def test_a_learned_number_is_refused_alike() -> None:
+    model = Scaled()
+    model.table = Scale()  # type: ignore[assignment]
+    with pytest.raises(LayoutError, match="is one value for all samples"):
+        graph_of(model, TABLED, PAIR_BATCH)
+    graph_of(model, {**TABLED, "table": Layout(dp=4)}, PAIR_BATCH)
+
+
+class Balanced(nn.Linear):
+    """An encoder with a loss of its own beside the embeddings."""
+
+    def forward(self, images: torch.Tensor) -> Any:
+        made = super().forward(images)
+        return made, made.square().mean()
+
+
+class Penalised(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = Balanced(16, 8)
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen, penalty = self.vision(images)
+        out: torch.Tensor = self.language(seen).mean() + penalty
+        return out
+
+
+def test_a_loss_that_an_encoder_makes_may_be_added_on_any_layout() -> None:
+    graph_of(Penalised(), {"vision": Layout(tp=8), "language": Layout(dp=8)}, PAIR_BATCH)
