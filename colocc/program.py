@@ -236,7 +236,10 @@ class Program(Modules, Traced):
             self.settle(error)
             raise
         self.crossing.expect(batches)
-        found = self._encode(values, samples=len(batches.microbatches) * batches.size)
+        count = len(batches.microbatches)
+        found = self._encode(
+            values, samples=count * batches.size, sizes=batches.sizes[0] if count == 1 else None
+        )
         return self.crossing.kept(found)
 
     def _settle_rows(self, values: Mapping[fx.Node, Any], error: Exception | None) -> None:

@@ -38,7 +38,7 @@ def sequences(graph: Graph, sequence_dims: Mapping[str, int]) -> None:
     for node in graph.fx.nodes:
         if node.op == "output":
             continue
-        name = _taken_from(graph, node)
+        name = taken_from(graph, node)
         if node.op == "placeholder":
             name = node.meta["path"][0]
         if name is not None:
@@ -77,7 +77,7 @@ def _check_number(node: fx.Node, number: Number) -> None:
             )
 
 
-def _taken_from(graph: Graph, node: fx.Node) -> str | None:
+def taken_from(graph: Graph, node: fx.Node) -> str | None:
     """The module that makes a value, or the several tensors that it is one of."""
     while node.target in (operator.getitem, getattr):
         (source,) = node.all_input_nodes[:1]

@@ -141,6 +141,11 @@ class Batches:
         )
 
     @property
+    def sizes(self) -> Sequence[Mapping[Any, int]]:
+        """The sizes of each microbatch that a recorded graph knows; none of another graph."""
+        return self.ragged.sizes
+
+    @property
     def tokens(self) -> list[int]:
         """The tokens of a sample of each microbatch."""
         return [batch["input_ids"].shape[1] for batch in self.microbatches]

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from colocc.passes.graph import Graph, Method
 from colocc.runtime.guards import check_modes
+from colocc.runtime.lengths import Lengths, Sizes
 from colocc.runtime.nodes import call, names_device
 
 Settle = Callable[[Mapping[fx.Node, Any], Exception | None], None]
@@ -60,8 +61,10 @@ class Executor:
             else self._runs(node)
             for node in self.nodes
         }
+        self.lengths = Lengths(graph)
         self.results = results
         self.samples: int | None = None
+        self.sizes: Sizes = {}
         last: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
             for source in node.all_input_nodes:
@@ -71,13 +74,17 @@ class Executor:
             if source not in results:
                 self.lets_go.setdefault(node, []).append(source)
 
-    def __call__(self, values: dict[fx.Node, Any], *, samples: int | None = None) -> list[Any]:
+    def __call__(
+        self, values: dict[fx.Node, Any], *, samples: int | None = None, sizes: Sizes | None = None
+    ) -> list[Any]:
         """Return the values of ``results``; ``values`` holds the inputs, and is used up.
 
-        ``samples`` is the number of samples that all ranks together run.
-        Raises: CaptureError if a module is in another mode (train, eval) than the graph holds for.
+        ``samples`` is the number of samples that all ranks together run, ``sizes`` are those of
+        their inputs.
+        Raises: CaptureError if a module is in another mode (train, eval) than the graph holds for;
+        LayoutError if one makes another part of a sequence than its layout says.
         """
-        self.samples = samples
+        self.samples, self.sizes = samples, sizes or {}
         check_modes(self.guards, self.model)
         if self.settle is None:
             self._run_all(self.nodes, values)
@@ -98,7 +105,10 @@ class Executor:
                 del values[spent]
 
     def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        return self.runs[node](values)
+        value = self.runs[node](values)
+        if node in self.lengths:
+            self.lengths.check(node, value, self.sizes)
+        return value
 
     def _runs(self, node: fx.Node) -> Callable[[Mapping[fx.Node, Any]], Any]:
         """What makes the value of ``node`` from those that it reads."""

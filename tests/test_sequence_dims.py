@@ -125,6 +125,45 @@ def test_sources_with_cp(known: bool) -> None:
     check_inputs(layouts_of(*sources, reader))
 
 
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.decoder = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        out: Tensor = self.decoder(self.vision(clips))
+        return out
+
+
+@pytest.mark.parametrize("decoder", [Layout(dp=4), Layout(cp=2, dp=2)], ids=str)
+@pytest.mark.parametrize(
+    ("left_out", "made"),
+    [
+        ("vision", "made 4 positions in dim 1 of vision, of 8 a rank has 8"),
+        ("clips", "made 8 positions in dim 1 of vision, of 8 a rank has 4"),
+    ],
+)
+def test_a_cut_that_is_named_on_one_side_of_a_module_is_refused(
+    left_out: str, made: str, decoder: Layout
+) -> None:
+    layouts = {"vision": Layout(cp=2, dp=2), "decoder": decoder}
+    dims = {name: 1 for name in ("clips", "vision", "decoder") if name != left_out}
+
+    def clips(length: int) -> dict[str, Tensor]:
+        return {"clips": batch(length)["clips"]}
+
+    def work(_: int) -> None:
+        chain = Chain().double()
+        with colocc.compile(
+            chain, layouts, example_inputs=clips(12), sequence_dims=dims
+        ) as program:
+            program(**clips(LENGTH))
+
+    text = refused(4, work)
+    contains(text, f"LayoutError: vision (tp1 cp2 dp2) {made}")
+    contains(text, "both the inputs that vision reads and vision itself, or neither")
+
+
 def check_inputs(layouts: dict[str, Layout]) -> None:
     """As ``check``, with the inputs of cut sources named, too."""
     dims = DIMS | {"images": 1, "clips": 1}
