@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from colocc.passes.guards import Guards
 
-GRADIENTS = ("call_function", "call_method", "call_module")
+COMPUTING = ("call_function", "call_method", "call_module")
 """The ops of nodes that compute."""
 
 Reduction = Literal["mean", "sum"]

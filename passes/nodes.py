@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from colocc.errors import CaptureError
-from colocc.passes.graph import GRADIENTS
+from colocc.passes.graph import COMPUTING
 from colocc.passes.parts import Pieces
 from colocc.passes.sizes import Number, Origin, Sizes, dims_of
 from colocc.passes.source import line_here
@@ -78,7 +78,7 @@ class Nodes:
             )
         made = self.graph.create_node(op, target, args, kwargs, name)
         made.meta.update(line=line_here(), value=value)
-        if op in GRADIENTS and not torch.is_grad_enabled():
+        if op in COMPUTING and not torch.is_grad_enabled():
             made.meta["no_grad"] = True
         self._check_grows(made, value)
         self.know(value, made)

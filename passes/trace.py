@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from colocc.errors import CaptureError, LayoutError
-from colocc.passes.graph import GRADIENTS, Method, Traits
+from colocc.passes.graph import COMPUTING, Method, Traits
 from colocc.passes.handed import hand_on
 from colocc.passes.source import line_in, line_of
 from colocc.passes.watch import watched
@@ -72,7 +72,7 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         made = super().create_node(kind, *args, **kwargs)
-        if kind in GRADIENTS and not torch.is_grad_enabled():
+        if kind in COMPUTING and not torch.is_grad_enabled():
             made.meta["no_grad"] = True
         return made
 
