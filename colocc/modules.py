@@ -91,7 +91,7 @@ class Modules:
         """Raise LayoutError where the stages of a pipeline expect hidden states of one shape, and
         microbatches, or ``seq_length``, are of another."""
         sink, layout = self.graph.sink, self.graph.layouts[self.graph.sink]
-        if layout.pp == 1 or megatron.unwrapped(self.sink_module).config.variable_seq_lengths:
+        if layout.pp == 1 or megatron.has_variable_lengths(self.sink_module):
             return
         tokens, length = batches.tokens, batches.hidden[0]
         odd = next((index for index, count in enumerate(tokens) if count != tokens[0]), None)
@@ -111,8 +111,7 @@ class Modules:
     def check_heads(self, batches: Batches) -> None:
         """Raise LayoutError for a mask of another number of heads than the sink's: one stage alone
         may find out."""
-        config = getattr(megatron.unwrapped(self.sink_module), "config", None)
-        heads = getattr(config, "num_attention_heads", None)
+        heads = megatron.heads_of(self.sink_module)
         for index, batch in enumerate(batches.microbatches):
             for name in sorted(self.graph.masks):
                 mask = batch.get(name)

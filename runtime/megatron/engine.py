@@ -32,6 +32,17 @@ def unwrapped(module: nn.Module) -> Any:
     return module
 
 
+def has_variable_lengths(module: nn.Module) -> bool:
+    """Whether the stages of ``module`` tell one another the shape of what they hand on."""
+    return bool(unwrapped(module).config.variable_seq_lengths)
+
+
+def heads_of(module: nn.Module) -> int | None:
+    """The attention heads of ``module``, None where its config has no such number."""
+    config = getattr(unwrapped(module), "config", None)
+    return getattr(config, "num_attention_heads", None)
+
+
 def reduction_of(name: str, module: nn.Module) -> Reduction:
     """How DDP reduces the gradients of ``module``: a sum with per-token loss, else the mean over
     dp.
